@@ -1,0 +1,296 @@
+"""The contract between training and inference: classes, picture form, net, weights file.
+
+    net = CNN.load("model.pt")        # a Net in eval mode, with its alphabet, temperature, figures
+    logits = net(images)              # (N, 1, 28, 28) ink in [0, 1] -> (N, 36)
+
+Importing this file does nothing but define. `train.py` and `inference.py` both import it and never
+each other; whatever they have to agree on stands here once.
+"""
+
+import copy
+import math
+import os
+import tempfile
+import zipfile
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import fusion
+
+ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # a class is the index of its character here
+SIZE = 28  # px, side of the square pictures the net reads
+MEAN, STD = 0.1736, 0.3317  # of EMNIST's pixels in [0, 1], digits and letters together
+DROPOUT = 0.28  # the origin's
+ORIGIN = {"mean": 0.1307, "std": 0.3081}  # the origin normalised as for MNIST
+MAX_FILE_BYTES = 256 * 2**20  # far above any weights of ours; a larger file is not read
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Two convolutional blocks and a head, each written as the sequence of its layers."""
+
+    block: str
+    head: str
+    channels: tuple[int, int] = (32, 64)
+    kernel: int = 5
+    padding: int = 0
+    hidden: int = 1024
+
+
+_BLOCK = "conv norm relu conv norm pool relu drop"  # pool before relu: the same values, cheaper
+_HEAD = "linear norm relu drop"
+ARCHITECTURES = {
+    "default": Architecture(_BLOCK, _HEAD, (32, 64), kernel=3, padding=1, hidden=512),
+    "large": Architecture(_BLOCK, _HEAD, (80, 160), kernel=3, padding=1, hidden=1024),
+    "run1": Architecture("conv relu norm drop pool", ""),
+    "run7": Architecture("conv relu conv relu norm pool drop", "linear norm relu drop"),
+    "run8": Architecture(
+        "conv relu conv relu norm pool norm drop", "linear relu norm linear relu norm drop"
+    ),
+}
+
+
+class Net(nn.Module):
+    """The two-block conv net, built from its description in `ARCHITECTURES`.
+
+    arch: a name in ARCHITECTURES. xavier: Glorot & Bengio's uniform initialisation (2010) of every
+    convolution and linear layer; otherwise torch's own. What the weights file knows beside weights
+    hangs on the net: `temperature` (logits are divided by it to get calibrated probabilities),
+    `lookalikes` (pairs of characters that nobody can tell apart alone), `figures` (what it reached).
+    The names layer1, layer2, fc1, fc2 are the origin's, so that its weights fit.
+    """
+
+    def __init__(
+        self,
+        arch: str = "default",
+        *,
+        alphabet: str = ALPHABET,
+        mean: float = MEAN,
+        std: float = STD,
+        dropout: float = DROPOUT,
+        xavier: bool = True,
+    ) -> None:
+        super().__init__()
+        if arch not in ARCHITECTURES:
+            raise ValueError(f"no architecture {arch!r}: expected one of {list(ARCHITECTURES)}")
+        self.arch, self.alphabet, self.mean, self.std = arch, alphabet, mean, std
+        self.temperature, self.lookalikes, self.figures = 1.0, [], {}
+
+        form = ARCHITECTURES[arch]
+        first, second = form.channels
+        self.layer1 = _sequence(form.block, form, 1, first, dropout)
+        self.layer2 = _sequence(form.block, form, first, second, dropout)
+        side = SIZE
+        for _ in form.channels:
+            side -= form.block.split().count("conv") * (form.kernel - 1 - 2 * form.padding)
+            side //= 2
+        flat = second * side * side
+        self.fc1 = _sequence(form.head, form, flat, form.hidden, dropout)
+        self.fc2 = nn.Linear(form.hidden if form.head else flat, len(alphabet))
+        if xavier:
+            for layer in self.modules():
+                if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                    nn.init.xavier_uniform_(layer.weight)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits (N, classes) of images (N, 1, 28, 28): ink in [0, 1], paper 0."""
+        if images.shape[1:] != (1, SIZE, SIZE):
+            raise ValueError(f"images of shape {tuple(images.shape)}: expected (N, 1, 28, 28)")
+        x = (images - self.mean) / self.std
+        x = self.layer2(self.layer1(x))  # (N, 64, 7, 7) with the default net
+        return self.fc2(self.fc1(x.flatten(1)))
+
+    def fused(self) -> "Net":
+        """Return a copy for inference: eval mode, batch norms folded into the layers before them."""
+        net = copy.deepcopy(self).eval().requires_grad_(False)
+        for sequence in (net.layer1, net.layer2, net.fc1):
+            for i, (layer, norm) in enumerate(zip(sequence, sequence[1:])):
+                if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                    sequence[i] = fusion.fuse_conv_bn_eval(layer, norm)
+                    sequence[i + 1] = nn.Identity()
+                elif isinstance(layer, nn.Linear) and isinstance(norm, nn.BatchNorm1d):
+                    sequence[i] = fusion.fuse_linear_bn_eval(layer, norm)
+                    sequence[i + 1] = nn.Identity()
+        return net
+
+
+def _sequence(
+    words: str, form: Architecture, inputs: int, width: int, dropout: float
+) -> nn.Sequential:
+    """Build the layers that `words` name; the first with weights takes `inputs` channels."""
+    layers: list[nn.Module] = []
+    for word in words.split():
+        if word == "conv":
+            layers.append(nn.Conv2d(inputs, width, form.kernel, padding=form.padding))
+            inputs, norm = width, nn.BatchNorm2d
+        elif word == "linear":
+            layers.append(nn.Linear(inputs, width))
+            inputs, norm = width, nn.BatchNorm1d
+        elif word == "norm":
+            layers.append(norm(width))
+        elif word == "pool":
+            layers.append(nn.MaxPool2d(2))
+        elif word == "drop":
+            layers.append(nn.Dropout(dropout))
+        elif word == "relu":
+            layers.append(nn.ReLU())
+        else:
+            raise ValueError(f"no layer called {word!r}")
+    return nn.Sequential(*layers)
+
+
+def mixed_precision(device: torch.device) -> torch.dtype:
+    """Return the dtype for autocast: bfloat16 where the device computes it natively."""
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def write_atomically(payload: object, path: Path) -> None:
+    """Save `payload` with torch.save so that `path` holds the old file or the new one, whole."""
+    path = Path(path)
+    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(payload, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(part, 0o666 & ~_umask())  # mkstemp's 0600 is not what a user expects of a file
+        os.replace(part, path)
+    except BaseException:
+        Path(part).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def save(net: Net, path: Path) -> None:
+    """Write weights and all that a reader of them needs, atomically. Raises OSError."""
+    payload = {
+        "arch": net.arch,
+        "alphabet": net.alphabet,
+        "mean": net.mean,
+        "std": net.std,
+        "temperature": net.temperature,
+        "lookalikes": net.lookalikes,
+        "figures": net.figures,
+        "state_dict": {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()},
+    }
+    write_atomically(payload, path)
+
+
+def load(path: Path, device: torch.device | str = "cpu") -> Net:
+    """Read our weights file, a bare state_dict, or the origin's, into a Net in eval mode.
+
+    A bare state_dict names no net: the one architecture that its keys and shapes fit is taken. The
+    origin's file (keys under `_orig_mod.`, 37 outputs of which the last was never trained) is run8.
+    Nothing in the file is executed (weights_only). Raises ValueError, one line, for any file that is
+    not whole and ours; OSError where it can't be read.
+    """
+    content = _read(Path(path))
+    try:
+        if "state_dict" in content:
+            net = _described_net(content)
+            state = content["state_dict"]
+        else:
+            state = {str(k).removeprefix("_orig_mod."): v for k, v in content.items()}
+            if any(str(k).startswith("_orig_mod.") for k in content):
+                state = _origin_state(state)
+                net = Net("run8", **ORIGIN)
+            else:
+                net = _fitting_net(state)
+        _check_state(state, net)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    net.load_state_dict(OrderedDict(state))
+    return net.eval().to(device)
+
+
+def _read(path: Path) -> dict:
+    """Return the dict in a torch.save archive, having refused whatever could hurt."""
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder, expected a weights file such as model.pt")
+    if not zipfile.is_zipfile(path) and path.stat():  # stat: a missing file says so itself
+        raise ValueError(f"{path}: not a weights file (no torch.save archive, or cut short)")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > MAX_FILE_BYTES:
+            raise ValueError(f"{path}: unpacks to {size:,} bytes, over {MAX_FILE_BYTES:,}")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # whatever unpickling and unzipping foreign bytes may raise
+        reason = str(error).strip().splitlines()[0][:200] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: not weights that can be read safely ({reason})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a dict of weights")
+    return content
+
+
+def _described_net(content: dict) -> Net:
+    """Build the net that our own file describes, its description checked."""
+    kinds = {"arch": str, "alphabet": str, "lookalikes": list, "figures": dict, "state_dict": dict}
+    kinds |= {"mean": float, "std": float, "temperature": float}
+    for key, kind in kinds.items():
+        if not isinstance(content.get(key), kind):
+            raise ValueError(f"{key} is {content.get(key)!r:.60}, expected a {kind.__name__}")
+    alphabet, pairs = content["alphabet"], content["lookalikes"]
+    if not alphabet or not set(alphabet) <= set(ALPHABET) or len(set(alphabet)) < len(alphabet):
+        raise ValueError(f"alphabet {alphabet!r:.60}: expected distinct characters of {ALPHABET}")
+    if not all(isinstance(p, str) and len(p) == 2 and set(p) <= set(alphabet) for p in pairs):
+        raise ValueError("lookalikes: expected a list of pairs of the alphabet's characters")
+    for key in ("mean", "std", "temperature"):
+        if not math.isfinite(content[key]) or (key != "mean" and content[key] <= 0):
+            raise ValueError(f"{key} is {content[key]}, expected a finite number above 0")
+    keys = ("arch", "alphabet", "mean", "std")
+    net = Net(**{key: content[key] for key in keys})
+    net.temperature, net.lookalikes = content["temperature"], pairs
+    net.figures = content["figures"]
+    return net
+
+
+def _fitting_net(state: dict) -> Net:
+    """Return the net whose parameters have the names and shapes of a bare state_dict."""
+    shapes = {k: tuple(v.shape) for k, v in state.items() if isinstance(v, Tensor)}
+    for arch in ARCHITECTURES:
+        net = Net(arch)
+        if {k: tuple(v.shape) for k, v in net.state_dict().items()} == shapes:
+            return net
+    raise ValueError("keys and shapes fit none of our architectures: " + ", ".join(ARCHITECTURES))
+
+
+def _origin_state(state: dict) -> dict:
+    """Drop the origin's 37th output: its letters end at 35."""
+    classes = len(ALPHABET)
+    return {
+        k: v[:classes] if k.startswith("fc2.") and isinstance(v, Tensor) and v.ndim else v
+        for k, v in state.items()
+    }
+
+
+def _check_state(state: dict, net: Net) -> None:
+    """Raise ValueError unless `state` holds the net's tensors: all, no other, right, finite."""
+    expected = net.state_dict()
+    if missing := sorted(expected.keys() - state.keys()):
+        raise ValueError(f"lacks {len(missing)} tensors of net {net.arch}: {missing[0]!r}, …")
+    if extra := sorted(map(str, state.keys() - expected.keys())):
+        raise ValueError(f"has {len(extra)} tensors that net {net.arch} lacks: {extra[0]!r:.60}, …")
+    for key, wanted in expected.items():
+        tensor = state[key]
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
+            raise ValueError(f"{key}: expected a dense tensor")
+        if tensor.shape != wanted.shape or tensor.is_complex():
+            found = f"{tuple(tensor.shape)} {tensor.dtype}"
+            raise ValueError(f"{key}: {found}, expected {tuple(wanted.shape)} of net {net.arch}")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{key}: holds NaN or infinity")
