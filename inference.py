@@ -1,0 +1,921 @@
+"""Name the handwritten character in every picture of a folder.
+
+    python3 inference.py --input tests/samples
+
+prints one line per picture, the ASCII code of the character and the path, in sorted order:
+
+    051, tests/samples/3.png
+    065, tests/samples/A.png
+
+Digits and letters, 36 classes; any picture that Pillow reads, of one character, of any size, dark
+on light or light on dark. `--format csv` or `json` adds confidences, alternatives and errors,
+`--report FILE.html` makes a page to look through. Results go to stdout or `--output`, all else to
+stderr. Exit code: 0 all answered, 1 some could not be, 2 wrong usage, 130 interrupted.
+"""
+
+import argparse
+import csv
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import stat
+import sys
+import time
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from datetime import timedelta
+from functools import cache
+from itertools import islice
+from multiprocessing.connection import Connection, wait
+from pathlib import Path, PurePath
+from typing import IO, TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+if TYPE_CHECKING:
+    import CNN
+
+FORMATS = {  # read by Pillow's own code alone; EPS, PDF and the like, which start programs, are not
+    "PNG": (".png", ".apng"),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "MPO": (".mpo",),
+    "BMP": (".bmp",),
+    "DIB": (".dib",),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "WEBP": (".webp",),
+    "AVIF": (".avif",),
+    "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
+    "PPM": (".pbm", ".pgm", ".ppm", ".pnm", ".pfm"),
+    "SGI": (".sgi", ".bw", ".rgb", ".rgba"),
+    "QOI": (".qoi",),
+    "PCX": (".pcx",),
+    "ICO": (".ico",),
+    "TGA": (".tga",),  # last: has no signature, so almost any bytes may be taken for it
+}
+SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+WORKING_SIDE = 192  # px; pictures are reduced as long as their longer side is no less
+BLANK = "blank: no ink found"
+
+
+class Halt(Exception):  # noqa: N818 - not always an error
+    """Why the run can't begin, or can't go on: one line for the user, exit code 2."""
+
+
+def read(path: str) -> np.ndarray:
+    """Read a picture as grey uint8 (H, W) at working resolution; raises as `load` does."""
+    return to_grey(load(path))
+
+
+def load(path: str) -> Image.Image:
+    """Read a picture upright, in mode L, RGB, RGBA, I or F, reduced to working resolution.
+
+    Of an animation, the first frame. Pipes, sockets and devices are refused without being opened.
+    Raises OSError, ValueError or whatever else Pillow raises for bytes that are no sound picture.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("not a regular file")
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with open(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):  # replaced since; it did not block, though
+            raise ValueError("not a regular file")
+        with Image.open(file, formats=_formats()) as picture:
+            if picture.format == "JPEG":
+                picture.draft(None, (WORKING_SIDE, WORKING_SIDE))
+            picture.load()
+            return _upright(_reduced(_plain(picture)))
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Return the allowed formats that this build of Pillow has."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _plain(picture: Image.Image) -> Image.Image:
+    """Convert to mode L, RGB, RGBA, I or F, whichever loses nothing."""
+    mode = picture.mode
+    if "transparency" in picture.info and not mode.startswith("I"):
+        return picture.convert("RGBA")
+    if mode in ("L", "RGB", "RGBA", "I", "F"):
+        return picture
+    if mode in ("LA", "PA", "La", "RGBa"):
+        return picture.convert("RGBA")
+    if mode in ("LAB", "YCbCr"):
+        return picture.getchannel(0)  # lightness; LAB converts to nothing else
+    return picture.convert("L" if mode == "1" else "I" if mode.startswith("I;16") else "RGB")
+
+
+def _reduced(picture: Image.Image) -> Image.Image:
+    factor = max(picture.size) // WORKING_SIDE
+    return picture.reduce(factor) if factor > 1 else picture
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """Turn the picture as its EXIF orientation says."""
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:  # a damaged EXIF block says nothing about the picture
+        return picture
+
+
+def to_grey(picture: Image.Image) -> np.ndarray:
+    """Return a picture in mode L, RGB, RGBA, I or F as grey uint8 (H, W), transparency as paper."""
+    if picture.mode in ("I", "F"):
+        values = np.nan_to_num(np.asarray(picture, np.float32), posinf=0, neginf=0)
+        low, high = values.min(), values.max()
+        return ((values - low) * (255 / max(high - low, 1e-6))).round().astype(np.uint8)
+    if picture.mode == "RGBA":
+        alpha = np.asarray(picture.getchannel("A"), np.float32)
+        light = np.asarray(picture.convert("RGB").convert("L"), np.float32)
+        paper = 255 if (light * alpha).sum() < 128 * alpha.sum() else 0
+        ground = Image.new("RGBA", picture.size, (paper, paper, paper, 255))
+        picture = Image.alpha_composite(ground, picture)
+    return np.asarray(picture.convert("L"))
+
+
+def fit(pictures: list[np.ndarray], size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Bring pictures of one character each to the form that EMNIST's own have.
+
+    pictures: grey uint8 (H, W), any sizes, ink darker or lighter than the paper.
+    Returns (N, size, size) uint8, ink 255 on 0, and (N,) bool: False where there is no ink.
+    """
+    fitted = np.zeros((len(pictures), size, size), np.uint8)
+    inked = np.zeros(len(pictures), bool)
+    for i, picture in enumerate(pictures):
+        low, high = int(picture.min()), int(picture.max())
+        if high - low < 16:
+            continue
+        mask = picture > (low + high) / 2
+        ink = picture if mask.mean() < 0.5 else 255 - picture
+        rows, columns = (np.flatnonzero(mask.any(axis) if ink is picture else (~mask).any(axis))
+                         for axis in (1, 0))  # fmt: skip
+        glyph = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        height, width = glyph.shape
+        scale = (size - 4) / max(height, width)
+        shape = max(1, round(width * scale)), max(1, round(height * scale))
+        glyph = np.asarray(Image.fromarray(glyph).resize(shape, Image.Resampling.LANCZOS))
+        top, left = (size - shape[1]) // 2, (size - shape[0]) // 2
+        fitted[i, top : top + shape[1], left : left + shape[0]] = glyph
+        inked[i] = True
+    return fitted, inked
+
+
+def find(inputs: Iterable[str], passed_over: Counter) -> Iterator[tuple[str, str]]:
+    """Yield (path, error) of every picture, lazily, each folder's in the order of its names.
+
+    A file in `inputs` is always taken, in a folder what has a picture's suffix. Folders in folders
+    are searched, links to folders in them are not. error is "" but for a folder that can't be
+    listed. Counts in `passed_over` what is left out.
+    """
+    for name in inputs:
+        path = PurePath(name).as_posix()
+        if not os.path.isdir(path):
+            yield path, ""
+            continue
+        levels = [("" if path == "." else path.rstrip("/") + "/", None)]
+        while levels:
+            folder, names = levels.pop()
+            if names is None:
+                names, error = _list(folder or ".", passed_over)
+                if error:
+                    yield folder or ".", error
+            while names:  # popped, so that the names of a large folder are freed as they are used
+                name = names.pop()
+                if name.endswith("/"):
+                    levels += [(folder, names), (folder + name, None)]
+                    break
+                yield folder + name, ""
+
+
+def _list(folder: str, passed_over: Counter) -> tuple[list[str], str]:
+    """Return the pictures and folders (ending in /) in a folder, last name first, and an error."""
+    names, error = [], ""
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    names.append(entry.name + "/")
+                elif entry.is_symlink() and os.path.isdir(entry.path):
+                    passed_over["links to folders"] += 1
+                elif entry.name.lower().endswith(SUFFIXES):
+                    names.append(entry.name)
+                else:
+                    passed_over["other files"] += 1
+    except OSError as problem:
+        error = f"folder can't be listed: {problem.strerror}"
+    names.sort(key=lambda name: name.removesuffix("/"), reverse=True)
+    return names, error
+
+
+CHUNK = 64  # pictures that a worker is sent at a time
+FLUSH_SECONDS = 0.25  # after which a worker answers what it has and hands back the rest
+START_SECONDS = 60  # that a worker may take to start
+WORKER_BYTES = 3 * 2**30  # of address space; a picture just under Pillow's bomb limit takes a third
+
+
+class Picture(NamedTuple):
+    """What a worker makes of a file: size * size bytes of ink, or an error."""
+
+    path: str
+    ink: bytes
+    error: str
+
+
+def work(connection: Connection) -> None:
+    """Read and fit the pictures that come over the connection, until it closes.
+
+    In: the size, then paths, NUL between all. Out: errors ("" for none), for as many of the paths
+    as were done, NUL between them; then a block with size * size bytes for each that has no error.
+    No pickles on the way back: a process that a hostile picture took over gains nothing by it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libtiff and others print what files tell them to
+    _limit_memory()
+    warnings.simplefilter("ignore")
+    warnings.simplefilter("error", Image.DecompressionBombWarning)
+    connection.send_bytes(b"ready")
+    try:
+        while True:
+            size, *paths = connection.recv_bytes().split(b"\0")
+            errors, block = _prepare(map(os.fsdecode, paths), int(size))
+            connection.send_bytes("\0".join(errors).encode())
+            connection.send_bytes(block)
+    except (EOFError, OSError):  # the other side is gone
+        return
+
+
+def _limit_memory() -> None:
+    """Make a picture that would eat the memory a MemoryError, where the system can."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = WORKER_BYTES if hard == resource.RLIM_INFINITY else min(hard, WORKER_BYTES)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+
+
+def _prepare(paths: Iterable[str], size: int) -> tuple[list[str], bytes]:
+    """Read pictures until all are or FLUSH_SECONDS are over, fit them; return errors and block."""
+    greys, errors = [], []
+    started = time.monotonic()
+    for path in paths:
+        try:
+            greys.append(read(path))
+            errors.append("")
+        except Exception as error:  # Pillow raises nearly everything for broken files
+            errors.append(_reason(error))
+        if time.monotonic() - started > FLUSH_SECONDS:
+            break
+    images, inked = fit(greys, size)
+    sound = [i for i, error in enumerate(errors) if not error]
+    for i, has_ink in zip(sound, inked, strict=True):
+        errors[i] = "" if has_ink else BLANK
+    return errors, images[inked].tobytes()
+
+
+def _reason(error: Exception) -> str:
+    """Say in one line why a picture could not be read."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not a picture in a format that is read here"
+    if isinstance(error, MemoryError):
+        return "takes too much memory"
+    if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
+        return f"too large: over {Image.MAX_IMAGE_PIXELS:,} pixels"
+    text = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+    return "can't be read: " + escaped(text)[:200]
+
+
+class Chunk:
+    """A run of pictures in the order of the listing; `pictures` fills up as workers answer."""
+
+    def __init__(self, listed: list[tuple[str, str]]) -> None:
+        self.paths = [path for path, _ in listed]
+        self.pictures = [Picture(path, b"", error) if error else None for path, error in listed]
+        self.given = 0
+
+    def ready(self) -> list[Picture]:
+        """Return the pictures that are there and were not returned yet, up to the first gap."""
+        start = self.given
+        while self.given < len(self.paths) and self.pictures[self.given] is not None:
+            self.given += 1
+        return self.pictures[start : self.given]
+
+
+class Job(NamedTuple):
+    """What a worker is asked for: the pictures at some positions of a chunk."""
+
+    chunk: Chunk
+    positions: list[int]
+
+
+class Worker:
+    """A process that decodes pictures, so that what a file does to its decoder ends with it."""
+
+    def __init__(self) -> None:
+        methods = multiprocessing.get_all_start_methods()
+        context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+        if "forkserver" in methods:  # imports these once, then forks in milliseconds
+            context.set_forkserver_preload(["numpy", "PIL.Image", "PIL.ImageOps"])
+        self.connection, far_end = context.Pipe()
+        self.process = context.Process(target=work, args=(far_end,), daemon=True)
+        self.process.start()
+        far_end.close()
+        self.ready, self.job = False, None
+        self.deadline = time.monotonic() + START_SECONDS
+
+    def end(self) -> int | None:
+        """Kill the process; return the exit code that it had before, None if it was alive."""
+        code = self.process.exitcode
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+        return code
+
+
+class Pool:
+    """Worker processes that read and fit pictures, whatever single files do to them.
+
+    A worker that dies, or is `timeout` seconds over a picture, is replaced. What it had in hand is
+    tried again, each picture alone; one that is then lost again gets an error.
+    """
+
+    def __init__(self, workers: int, timeout: float) -> None:
+        self.limit, self.timeout = workers, timeout
+        self.jobs: deque[Job] = deque()
+        self.failed_starts = 0
+        self.workers = [Worker()]  # the others start when there is work for them
+
+    def run(self, listing: Iterator[tuple[str, str]], size: int) -> Iterator[list[Picture]]:
+        """Yield the pictures of (path, error) pairs in order, in lists of what is ready.
+
+        An empty list says that nothing more became ready for a moment. Few are held at a time.
+        """
+        self.size = size
+        chunks: deque[Chunk] = deque()
+        more = True
+        while more or chunks:
+            while more and len(chunks) < 4 * self.limit:
+                listed = list(islice(listing, CHUNK))
+                more = len(listed) == CHUNK
+                chunks.append(Chunk(listed))
+                if positions := [i for i, (_, error) in enumerate(listed) if not error]:
+                    self.jobs.append(Job(chunks[-1], positions))
+            self._assign()
+            ready = []
+            while chunks:
+                ready += chunks[0].ready()
+                if chunks[0].given < len(chunks[0].paths):
+                    break
+                chunks.popleft()
+            yield ready
+            if chunks:
+                self._receive()
+
+    def _assign(self) -> None:
+        """Give jobs to idle workers, starting another while there are more jobs than that."""
+        for worker in self.workers:
+            if self.jobs and worker.ready and not worker.job:
+                worker.job = self.jobs.popleft()
+                worker.deadline = time.monotonic() + self.timeout + FLUSH_SECONDS
+                paths = [os.fsencode(worker.job.chunk.paths[i]) for i in worker.job.positions]
+                with suppress(OSError):  # died while idle; _receive finds its connection closed
+                    worker.connection.send_bytes(b"\0".join([str(self.size).encode(), *paths]))
+        if self.jobs and len(self.workers) < self.limit and all(w.ready for w in self.workers):
+            self.workers.append(Worker())
+
+    def _receive(self) -> None:
+        """Wait a moment for answers, take them in, replace workers that died or take too long."""
+        busy = {w.connection: w for w in self.workers if w.job or not w.ready}
+        for connection in wait(list(busy), timeout=0.05):
+            worker = busy.pop(connection)
+            try:
+                self._take(worker)
+            except (EOFError, OSError):
+                worker.process.join(1)  # its pipe closes a moment before it is gone
+                self._bury(worker)
+        for worker in busy.values():
+            if time.monotonic() > worker.deadline:
+                self._bury(worker)
+
+    def _take(self, worker: Worker) -> None:
+        """Take in an answer; what it leaves of the job goes to all workers, in equal parts."""
+        message = worker.connection.recv_bytes()
+        if not worker.ready:
+            worker.ready, self.failed_starts = True, 0
+            return
+        errors, block = message.decode().split("\0"), worker.connection.recv_bytes()
+        if len(block) != errors.count("") * self.size**2:
+            raise OSError("not an answer")
+        (chunk, positions), worker.job = worker.job, None
+        start = 0
+        for position, error in zip(positions, errors, strict=False):
+            end = start if error else start + self.size**2
+            chunk.pictures[position] = Picture(chunk.paths[position], block[start:end], error)
+            start = end
+        left = positions[len(errors) :]
+        part = -(-len(left) // self.limit)
+        self.jobs.extendleft(
+            Job(chunk, left[i : i + part]) for i in reversed(range(0, len(left), max(part, 1)))
+        )
+
+    def _bury(self, worker: Worker) -> None:
+        """Remove a worker that died or took too long; see to the pictures that it had."""
+        code = worker.end()
+        self.workers.remove(worker)
+        if not worker.ready:
+            self.failed_starts += 1
+            if self.failed_starts == 3:
+                raise Halt(f"the processes that read pictures don't start (exit code {code})")
+        elif worker.job and len(worker.job.positions) > 1:
+            chunk, positions = worker.job
+            self.jobs.extendleft(Job(chunk, [i]) for i in reversed(positions))
+        elif worker.job:
+            chunk, (position,) = worker.job
+            why = f"takes more than {self.timeout:g} s to decode"
+            if code is not None:
+                why = f"its decoder was killed ({signal.strsignal(-code) if code < 0 else code})"
+            chunk.pictures[position] = Picture(chunk.paths[position], b"", why)
+
+    def close(self) -> None:
+        """End all workers."""
+        for worker in self.workers:
+            worker.end()
+
+
+BLOCK = (
+    64  # pictures: the net always sees whole blocks, since kernels differ by the shape of a batch
+)
+
+
+KINDS = ("answered", "doubtful", "blank", "unreadable")
+
+
+class Result(NamedTuple):
+    """The answer for one picture; no character where there is none, and `error` says why."""
+
+    path: str
+    character: str = ""
+    confidence: float = 0.0
+    alternatives: tuple[tuple[str, float], ...] = ()  # the next likely; all, without an answer
+    lookalike: str = ""  # the pair, such as "0O", where the two likeliest can't be told apart alone
+    error: str = ""
+
+    @property
+    def kind(self) -> str:
+        """Return what the summary counts this under."""
+        if self.character:
+            return "answered"
+        return "doubtful" if self.alternatives else "blank" if self.error == BLANK else "unreadable"
+
+
+class Classifier:
+    """A net made ready to answer, out of the characters of `alphabet`."""
+
+    def __init__(self, net: "CNN.Net", alphabet: str, topk: int, minimum: float) -> None:
+        import torch
+
+        import CNN
+
+        self.device = net.fc2.weight.device
+        self.characters = parse_alphabet(alphabet, net.alphabet)
+        self.classes = [net.alphabet.index(character) for character in self.characters]
+        self.temperature, self.topk, self.minimum = net.temperature, topk, minimum
+        self.lookalikes = {p: pair for pair in net.lookalikes for p in (pair, pair[::-1])}
+        self.dtype = torch.float32
+        if self.device.type == "cpu":
+            torch.set_num_threads(1)  # `classify` runs passes side by side: no waiting inside one
+            self.dtype = CNN.mixed_precision(self.device)
+        self.net = net.fused().to(self.dtype, memory_format=torch.channels_last)
+        self.net.fc2.float()  # the full resolution for probabilities
+        self.net.fc2.register_forward_pre_hook(lambda layer, inputs: inputs[0].float())
+
+    def answer(self, pictures: list[Picture]) -> list[Result]:
+        """Classify pictures; those with an error keep it."""
+        sound = [picture.ink for picture in pictures if not picture.error]
+        answers = iter(self._likeliest(sound) if sound else ())
+        results = []
+        for path, _, error in pictures:
+            if error:
+                results.append(Result(path, error=error))
+                continue
+            ranked = next(answers)
+            (best, confidence), others = ranked[0], ranked[1 : self.topk]
+            pair = self.lookalikes.get(best + ranked[1][0], "") if len(ranked) > 1 else ""
+            if confidence < self.minimum:
+                error = f"no answer: {confidence:.4f} is below --min-confidence {self.minimum:g}"
+                best, others = "", ranked[: self.topk]
+            results.append(Result(path, best, confidence, others, pair, error))
+        return results
+
+    def _likeliest(self, inks: list[bytes]) -> list[tuple[tuple[str, float], ...]]:
+        """Return the likeliest characters, two or more, of each picture, with probabilities."""
+        import torch
+
+        from CNN import SIZE
+
+        padding = bytes(-len(inks) % BLOCK * SIZE**2)
+        pixels = torch.frombuffer(bytearray(b"".join([*inks, padding])), dtype=torch.uint8)
+        with torch.inference_mode():
+            images = pixels.view(-1, 1, SIZE, SIZE).to(self.device).to(self.dtype) / 255
+            logits = self.net(images)[: len(inks), self.classes] / self.temperature
+            top = logits.softmax(1).topk(min(max(2, self.topk), len(self.classes)))
+        rows = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        return [tuple(zip([self.characters[i] for i in r], p, strict=True)) for r, p in rows]
+
+
+def parse_alphabet(text: str, known: str) -> str:
+    """Return the characters that --alphabet allows, in the order of `known`; case folds.
+
+    text: characters and ranges such as A-F, in any mixture. Raises Halt for any not known.
+    """
+    allowed = set()
+    for match in re.finditer("(.)-(.)|(.)", text.upper(), re.DOTALL):
+        first, last = (match[1], match[2]) if match[1] else (match[3], match[3])
+        if first not in known or last not in known or known.index(first) > known.index(last):
+            raise Halt(f"--alphabet: {match[0]!r} is not a character or range of {known}")
+        allowed.update(known[known.index(first) : known.index(last) + 1])
+    if not allowed:
+        raise Halt(f"--alphabet: empty, expected characters of {known}")
+    return "".join(character for character in known if character in allowed)
+
+
+def classify(
+    pictures: Iterable[list[Picture]], classifier: Classifier, batch_size: int, threads: int
+) -> Iterator[list[Result]]:
+    """Yield the results of lists of pictures in their order, a few passes of the net at a time."""
+    passes: deque[Future] = deque()
+    gathered: list[Picture] = []
+    with ThreadPoolExecutor(threads) as executor:
+        for ready in pictures:
+            gathered += ready
+            while len(gathered) >= batch_size or (gathered and not ready):
+                passes.append(executor.submit(classifier.answer, gathered[:batch_size]))
+                del gathered[:batch_size]
+            while passes and (passes[0].done() or len(passes) > 2 * threads):
+                yield passes.popleft().result()
+        passes.append(executor.submit(classifier.answer, gathered))
+        while passes:
+            yield passes.popleft().result()
+
+
+UNPRINTABLE = re.compile(  # control characters, bidirectional controls, bytes that are not UTF-8
+    "[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def escaped(text: str) -> str:
+    """Return text as one line that can't steer a terminal, \\n and the like spelt out."""
+    return UNPRINTABLE.sub(_escape, text)
+
+
+def _escape(match: re.Match) -> str:
+    code = ord(match[0])
+    if 0xDC80 <= code <= 0xDCFF:  # a byte of a name that is not UTF-8
+        return f"\\x{code - 0xDC00:02x}"
+    return match[0].encode("unicode_escape").decode()
+
+
+def ascii_line(result: Result) -> str:
+    """Write as the origin did: ASCII code and path; `---` for an answer that is too doubtful."""
+    if result.character:
+        return f"{ord(result.character):03d}, {escaped(result.path)}\n"
+    return f"---, {escaped(result.path)}\n" if result.kind == "doubtful" else ""
+
+
+def csv_line(result: Result) -> str:
+    """Write as a row of RFC 4180, with the bytes of the path as they are."""
+    alternatives = " ".join(f"{character}:{p:.4f}" for character, p in result.alternatives)
+    confidence = f"{result.confidence:.4f}" if result.confidence else ""
+    path, error = (
+        '"' + text.replace('"', '""') + '"' if CSV_SPECIAL.search(text) else text
+        for text in (result.path, result.error)
+    )
+    return f"{path},{result.character},{confidence},{alternatives},{result.lookalike},{error}\n"
+
+
+def json_line(result: Result) -> str:
+    """Write as a JSON object; bytes of the path that are not UTF-8 as \\udc80 to \\udcff."""
+    content = result._asdict()
+    content["confidence"] = round(result.confidence, 4)
+    content["alternatives"] = {character: round(p, 4) for character, p in result.alternatives}
+    return (
+        json.dumps({k: v if k == "alternatives" else v or None for k, v in content.items()}) + "\n"
+    )
+
+
+CSV_SPECIAL = re.compile('[,"\r\n]')
+CSV_HEADER = "path,character,confidence,alternatives,lookalike,error\n"
+LINES = {"ascii": ascii_line, "csv": csv_line, "json": json_line}
+
+
+class Output:
+    """Writes results in order to stdout, or to FILE.partial, which becomes FILE when all is done.
+
+    resume: go on where FILE.partial, or else FILE, ends; `done` says which paths it holds.
+    """
+
+    def __init__(self, file: Path | None, form: str, resume: bool) -> None:
+        self.form, self.file, self.done, self.failed = form, file, set(), 0
+        if file is None:
+            self.stream: IO[bytes] = sys.stdout.buffer
+        else:
+            self.file = file.resolve()  # a link stays, what it points to is replaced
+            self.partial = self.file.with_name(self.file.name + ".partial")
+            if self.file.exists() and not self.file.is_file():
+                raise Halt(f"--output {file}: is not a regular file; without --output it is stdout")
+            try:
+                self.stream = self._go_on() if resume else open(self.partial, "wb")
+            except OSError as error:
+                raise Halt(f"--output {file}: can't be written: {error.strerror}") from None
+        if form == "csv" and not self.done:
+            self.stream.write(CSV_HEADER.encode())
+
+    def _go_on(self) -> IO[bytes]:
+        """Open FILE.partial after its last whole row, having noted what it holds."""
+        if self.file.exists() and not self.partial.exists():
+            shutil.copyfile(self.file, self.partial)
+        stream = open(self.partial, "a+b")
+        stream.seek(0)
+        whole, row = 0, b""
+        for line in stream:
+            row += line
+            if not row.endswith(b"\n") or (self.form == "csv" and row.count(b'"') % 2):
+                continue  # torn, or a quoted path that goes on in the next line
+            whole += len(row)
+            if row != CSV_HEADER.encode():
+                path, character = self._parse(row.decode("utf-8", "surrogateescape"))
+                self.done.add(path)
+                self.failed += not character
+            row = b""
+        stream.truncate(whole)
+        return stream
+
+    def _parse(self, row: str) -> tuple[str, str]:
+        """Return the path and the character, if any, of a row."""
+        try:
+            if self.form == "json":
+                content = json.loads(row)
+                return content["path"], content["character"]
+            if self.form == "csv":
+                path, character, *rest = next(csv.reader([row]))
+                return path, character * (len(rest) == 4)
+            code, path = re.fullmatch("([0-9]{3}|---), (.+)\n", row).groups()
+            return path, code.strip("-")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise Halt(
+                f"--resume: {self.partial}: no {self.form} row: {escaped(row[:60])}"
+            ) from None
+
+    def holds(self, path: str) -> bool:
+        """Tell whether the file that is resumed holds the path."""
+        return (escaped(path) if self.form == "ascii" else path) in self.done
+
+    def write(self, results: list[Result]) -> None:
+        """Write and flush, so that a run cut short leaves all it had."""
+        lines = "".join(map(LINES[self.form], results))
+        self.stream.write(lines.encode("utf-8", "surrogateescape"))
+        self.stream.flush()
+
+    def finish(self) -> None:
+        """Give the file, now complete, its name."""
+        self.stream.flush()
+        if self.file is not None:
+            os.fsync(self.stream.fileno())
+            self.stream.close()
+            os.replace(self.partial, self.file)
+
+
+class Talk:
+    """What goes to stderr: one line for each error, on a terminal a bar, and the closing line."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.started = time.monotonic()
+        self.bar = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(unit=" pictures", leave=False, dynamic_ncols=True)
+
+    def follow(self, results: list[Result], say_errors: bool) -> None:
+        """Count results and name those without an answer."""
+        for result in results:
+            self.counts[result.kind] += 1
+            if say_errors and result.kind in ("blank", "unreadable"):
+                self.say(f"{escaped(result.path)}: {result.error}")
+        if self.bar is not None:
+            self.bar.update(len(results))
+
+    def say(self, message: str) -> None:
+        """Write a line, above the bar if there is one."""
+        if self.bar is not None:
+            self.bar.clear()
+        print(message, file=sys.stderr)
+
+    def close(self, passed_over: Counter[str]) -> None:
+        """Write the closing line."""
+        seconds = time.monotonic() - self.started
+        if self.bar is not None:
+            self.bar.close()
+        total = self.counts.total()
+        parts = [f"{self.counts[kind]:,} {kind}" for kind in KINDS if self.counts[kind]]
+        parts += [f"{count:,} {kind} passed over" for kind, count in sorted(passed_over.items())]
+        rate = f"{total / seconds:,.0f} pictures/s"
+        self.say(f"{total:,} pictures: {', '.join(parts) or 'none found'} ({rate})")
+
+
+ROUND = 1024  # pictures that a rank is dealt at a time under torchrun
+
+
+class Ranks:
+    """The processes of one torchrun; alone, without it."""
+
+    def __init__(self) -> None:
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.count = int(os.environ.get("WORLD_SIZE", "1"))
+        self.beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine
+
+    def answers(
+        self,
+        listing: Iterator[tuple[str, str]],
+        classified: Callable[[Iterator[tuple[str, str]]], Iterator[list[Result]]],
+    ) -> Iterator[list[Result]]:
+        """Yield all results in order on rank 0, nothing on the others.
+
+        Rank 0 alone lists, and deals each rank a block of each round, so that all agree on what
+        there is. A rank that dies closes its connections, which ends the others with an error.
+        """
+        if self.count == 1:
+            yield from classified(listing)
+            return
+        from torch import distributed
+
+        distributed.init_process_group("gloo", timeout=timedelta(days=1))
+        try:
+            last = False
+            while not last:
+                shares, dealt = None, [None]
+                if self.rank == 0:
+                    blocks = [list(islice(listing, ROUND)) for _ in range(self.count)]
+                    shares = [(block, len(blocks[-1]) < ROUND) for block in blocks]
+                distributed.scatter_object_list(dealt, shares)
+                block, last = dealt[0]
+                own = [result for results in classified(iter(block)) for result in results]
+                gathered: list | None = [None] * self.count if self.rank == 0 else None
+                distributed.gather_object(own, gathered)
+                yield from gathered or ()
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0][:120]
+            raise Halt(f"another process of this torchrun was lost ({reason})") from None
+        finally:
+            distributed.destroy_process_group()
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Read the command line; exits with 2 and a message where it is wrong."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    share = max(1, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--input", nargs="+", required=True, metavar="PATH", help="folders, pictures, or both")
+    model = Path(__file__).with_name("model.pt")
+    add("--model", type=Path, default=model, metavar="FILE", help="weights")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: cuda where there is one")
+    add("--batch-size", type=_count, default=128, metavar="N", help="pictures per pass of the net")
+    add("--alphabet", default="0-9A-Z", metavar="CHARS", help="the characters that can be answered")
+    add(
+        "--topk",
+        type=_count,
+        default=3,
+        metavar="K",
+        help="likeliest characters named in csv, json",
+    )
+    add("--format", choices=LINES, default="ascii", help="of the results")
+    add("--output", type=Path, metavar="FILE", help="where results go instead of stdout")
+    add("--resume", action="store_true", help="go on where a run with this --output was cut short")
+    add("--min-confidence", type=_probability, default=0.0, metavar="P", help="below: no answer")
+    add("--workers", type=_count, default=share, metavar="N", help="processes that read pictures")
+    add("--timeout", type=_seconds, default=30.0, metavar="S", help="seconds for one picture")
+    args = parser.parse_args(arguments)
+    if args.resume and not args.output:
+        parser.error("--resume needs the --output of the run that was cut short")
+    if args.format == "ascii" and args.topk != parser.get_default("topk"):
+        print("inference.py: --topk shows in --format csv and json", file=sys.stderr)
+    return args
+
+
+def _count(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
+    return value
+
+
+def _probability(text: str) -> float:
+    if not 0 <= (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number from 0 to 1")
+    return value
+
+
+def _seconds(text: str) -> float:
+    if not 0 < (value := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: expected seconds above 0")
+    return value
+
+
+def run(args: argparse.Namespace) -> int:
+    """Classify everything in args.input; return the exit code, 0 or 1. Raises Halt."""
+    for name in args.input:
+        if not os.path.lexists(name):
+            raise Halt(f"--input {escaped(name)}: no such file or folder")
+    pool = Pool(args.workers, args.timeout)  # starts while torch is imported, for seconds
+    try:
+        return _run(args, pool, Ranks())
+    finally:
+        pool.close()
+
+
+def _run(args: argparse.Namespace, pool: Pool, ranks: Ranks) -> int:
+    from CNN import SIZE
+
+    net = load_net(args.model, args.device)
+    classifier = Classifier(net, args.alphabet, args.topk, args.min_confidence)
+
+    def answer(listing: Iterator[tuple[str, str]]) -> Iterator[list[Result]]:
+        pictures = pool.run(listing, SIZE)
+        return classify(pictures, classifier, args.batch_size, args.workers)
+
+    passed_over: Counter[str] = Counter()
+    listing = find(args.input, passed_over)
+    if ranks.rank > 0:
+        deque(ranks.answers(listing, answer), maxlen=0)
+        return 0
+    output, talk = Output(args.output, args.format, args.resume), Talk()
+    if output.done:
+        talk.say(f"{len(output.done):,} pictures are in {output.partial} already")
+    listing = (pair for pair in listing if not output.holds(pair[0]))
+    for results in ranks.answers(listing, answer):
+        output.write(results)
+        talk.follow(results, say_errors=args.format == "ascii")
+    output.finish()
+    talk.close(passed_over)
+    return 1 if output.failed or talk.counts.total() > talk.counts["answered"] else 0
+
+
+def load_net(path: Path, device: str) -> "CNN.Net":
+    """Load the weights onto a device, which may be `auto`. Raises Halt."""
+    import torch
+
+    import CNN
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch's, for a device that isn't there
+        raise Halt(f"--device {device}: {str(error).splitlines()[0]}") from None
+    try:
+        return CNN.load(path, device)
+    except OSError as error:
+        raise Halt(f"--model {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise Halt(f"--model {error}") from None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    args = parse(arguments)
+    try:
+        return run(args)
+    except Halt as reason:
+        print(f"inference.py: {reason}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("inference.py: interrupted" + _how_to_go_on(args), file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever read stdout has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:  # a full disk
+        print(f"inference.py: {error}" + _how_to_go_on(args), file=sys.stderr)
+        return 2
+
+
+def _how_to_go_on(args: argparse.Namespace) -> str:
+    return f"; the same command with --resume goes on with {args.output}" if args.output else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
