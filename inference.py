@@ -28,7 +28,7 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 from functools import cache
 from itertools import islice
@@ -217,6 +217,7 @@ def _list(folder: str, passed_over: Counter) -> tuple[list[str], str]:
 
 
 CHUNK = 64  # pictures that a worker is sent at a time
+AHEAD = 4 * CHUNK  # pictures taken from the listing per worker, beyond the last one answered
 FLUSH_SECONDS = 0.25  # after which a worker answers what it has and hands back the rest
 START_SECONDS = 60  # that a worker may take to start
 WORKER_BYTES = 3 * 2**30  # of address space; a picture just under Pillow's bomb limit takes a third
@@ -295,29 +296,6 @@ def _reason(error: Exception) -> str:
     return "can't be read: " + escaped(text)[:200]
 
 
-class Chunk:
-    """A run of pictures in the order of the listing; `pictures` fills up as workers answer."""
-
-    def __init__(self, listed: list[tuple[str, str]]) -> None:
-        self.paths = [path for path, _ in listed]
-        self.pictures = [Picture(path, b"", error) if error else None for path, error in listed]
-        self.given = 0
-
-    def ready(self) -> list[Picture]:
-        """Return the pictures that are there and were not returned yet, up to the first gap."""
-        start = self.given
-        while self.given < len(self.paths) and self.pictures[self.given] is not None:
-            self.given += 1
-        return self.pictures[start : self.given]
-
-
-class Job(NamedTuple):
-    """What a worker is asked for: the pictures at some positions of a chunk."""
-
-    chunk: Chunk
-    positions: list[int]
-
-
 class Worker:
     """A process that decodes pictures, so that what a file does to its decoder ends with it."""
 
@@ -330,7 +308,8 @@ class Worker:
         self.process = context.Process(target=work, args=(far_end,), daemon=True)
         self.process.start()
         far_end.close()
-        self.ready, self.job = False, None
+        self.ready = False
+        self.job: list[tuple[int, str]] = []
         self.deadline = time.monotonic() + START_SECONDS
 
     def end(self) -> int | None:
@@ -351,7 +330,8 @@ class Pool:
 
     def __init__(self, workers: int, timeout: float) -> None:
         self.limit, self.timeout = workers, timeout
-        self.jobs: deque[Job] = deque()
+        self.jobs: deque[list[tuple[int, str]]] = deque()  # numbered paths
+        self.answered: dict[int, Picture] = {}
         self.failed_starts = 0
         self.workers = [Worker()]  # the others start when there is work for them
 
@@ -360,25 +340,21 @@ class Pool:
 
         An empty list says that nothing more became ready for a moment. Few are held at a time.
         """
-        self.size = size
-        chunks: deque[Chunk] = deque()
-        more = True
-        while more or chunks:
-            while more and len(chunks) < 4 * self.limit:
-                listed = list(islice(listing, CHUNK))
-                more = len(listed) == CHUNK
-                chunks.append(Chunk(listed))
-                if positions := [i for i, (_, error) in enumerate(listed) if not error]:
-                    self.jobs.append(Job(chunks[-1], positions))
+        self.size, taken, given, more = size, 0, 0, True
+        while more or given < taken:
+            while more and taken - given < AHEAD * self.limit:
+                listed = list(enumerate(islice(listing, CHUNK), taken))
+                self.answered |= {i: Picture(path, b"", e) for i, (path, e) in listed if e}
+                if job := [(i, path) for i, (path, error) in listed if not error]:
+                    self.jobs.append(job)
+                taken, more = taken + len(listed), len(listed) == CHUNK
             self._assign()
             ready = []
-            while chunks:
-                ready += chunks[0].ready()
-                if chunks[0].given < len(chunks[0].paths):
-                    break
-                chunks.popleft()
+            while given in self.answered:
+                ready.append(self.answered.pop(given))
+                given += 1
             yield ready
-            if chunks:
+            if given < taken:
                 self._receive()
 
     def _assign(self) -> None:
@@ -387,9 +363,9 @@ class Pool:
             if self.jobs and worker.ready and not worker.job:
                 worker.job = self.jobs.popleft()
                 worker.deadline = time.monotonic() + self.timeout + FLUSH_SECONDS
-                paths = [os.fsencode(worker.job.chunk.paths[i]) for i in worker.job.positions]
+                request = [str(self.size).encode()] + [os.fsencode(path) for _, path in worker.job]
                 with suppress(OSError):  # died while idle; _receive finds its connection closed
-                    worker.connection.send_bytes(b"\0".join([str(self.size).encode(), *paths]))
+                    worker.connection.send_bytes(b"\0".join(request))
         if self.jobs and len(self.workers) < self.limit and all(w.ready for w in self.workers):
             self.workers.append(Worker())
 
@@ -416,17 +392,14 @@ class Pool:
         errors, block = message.decode().split("\0"), worker.connection.recv_bytes()
         if len(block) != errors.count("") * self.size**2:
             raise OSError("not an answer")
-        (chunk, positions), worker.job = worker.job, None
         start = 0
-        for position, error in zip(positions, errors, strict=False):
+        for (i, path), error in zip(worker.job, errors, strict=False):
             end = start if error else start + self.size**2
-            chunk.pictures[position] = Picture(chunk.paths[position], block[start:end], error)
+            self.answered[i] = Picture(path, block[start:end], error)
             start = end
-        left = positions[len(errors) :]
-        part = -(-len(left) // self.limit)
-        self.jobs.extendleft(
-            Job(chunk, left[i : i + part]) for i in reversed(range(0, len(left), max(part, 1)))
-        )
+        left, worker.job = worker.job[len(errors) :], []
+        part = -(-len(left) // self.limit) or 1
+        self.jobs.extendleft(left[i : i + part] for i in reversed(range(0, len(left), part)))
 
     def _bury(self, worker: Worker) -> None:
         """Remove a worker that died or took too long; see to the pictures that it had."""
@@ -436,15 +409,13 @@ class Pool:
             self.failed_starts += 1
             if self.failed_starts == 3:
                 raise Halt(f"the processes that read pictures don't start (exit code {code})")
-        elif worker.job and len(worker.job.positions) > 1:
-            chunk, positions = worker.job
-            self.jobs.extendleft(Job(chunk, [i]) for i in reversed(positions))
+        elif len(worker.job) > 1:
+            self.jobs.extendleft([numbered] for numbered in reversed(worker.job))
         elif worker.job:
-            chunk, (position,) = worker.job
             why = f"takes more than {self.timeout:g} s to decode"
             if code is not None:
                 why = f"its decoder was killed ({signal.strsignal(-code) if code < 0 else code})"
-            chunk.pictures[position] = Picture(chunk.paths[position], b"", why)
+            self.answered |= {i: Picture(path, b"", why) for i, path in worker.job}
 
     def close(self) -> None:
         """End all workers."""
@@ -452,11 +423,7 @@ class Pool:
             worker.end()
 
 
-BLOCK = (
-    64  # pictures: the net always sees whole blocks, since kernels differ by the shape of a batch
-)
-
-
+BLOCK = 64  # pictures: a batch is filled up to whole blocks, as kernels differ by batch size
 KINDS = ("answered", "doubtful", "blank", "unreadable")
 
 
@@ -493,7 +460,6 @@ class Classifier:
         self.lookalikes = {p: pair for pair in net.lookalikes for p in (pair, pair[::-1])}
         self.dtype = torch.float32
         if self.device.type == "cpu":
-            torch.set_num_threads(1)  # `classify` runs passes side by side: no waiting inside one
             self.dtype = CNN.mixed_precision(self.device)
         self.net = net.fused().to(self.dtype, memory_format=torch.channels_last)
         self.net.fc2.float()  # the full resolution for probabilities
@@ -789,26 +755,26 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description=(__doc__ or "").partition("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add = parser.add_argument
-    add("--input", nargs="+", required=True, metavar="PATH", help="folders, pictures, or both")
+    add, some = parser.add_argument, number(int, 1, 1_000_000)
     model = Path(__file__).with_name("model.pt")
+    add("--input", nargs="+", required=True, metavar="PATH", help="folders, pictures, or both")
     add("--model", type=Path, default=model, metavar="FILE", help="weights")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: cuda where there is one")
-    add("--batch-size", type=_count, default=128, metavar="N", help="pictures per pass of the net")
     add("--alphabet", default="0-9A-Z", metavar="CHARS", help="the characters that can be answered")
     add(
-        "--topk",
-        type=_count,
-        default=3,
-        metavar="K",
-        help="likeliest characters named in csv, json",
+        "--min-confidence",
+        type=number(float, 0, 1),
+        default=0,
+        metavar="P",
+        help="below: no answer",
     )
+    add("--topk", type=some, default=3, metavar="K", help="characters named in csv and json")
     add("--format", choices=LINES, default="ascii", help="of the results")
     add("--output", type=Path, metavar="FILE", help="where results go instead of stdout")
     add("--resume", action="store_true", help="go on where a run with this --output was cut short")
-    add("--min-confidence", type=_probability, default=0.0, metavar="P", help="below: no answer")
-    add("--workers", type=_count, default=share, metavar="N", help="processes that read pictures")
-    add("--timeout", type=_seconds, default=30.0, metavar="S", help="seconds for one picture")
+    add("--batch-size", type=some, default=128, metavar="N", help="pictures per pass of the net")
+    add("--workers", type=some, default=share, metavar="N", help="processes that read pictures")
+    add("--timeout", type=number(float, 0.1, 1e6), default=30, metavar="S", help="s for a picture")
     args = parser.parse_args(arguments)
     if args.resume and not args.output:
         parser.error("--resume needs the --output of the run that was cut short")
@@ -817,22 +783,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def _count(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
-    return value
+def number(kind: type, low: float, high: float) -> Callable[[str], float]:
+    """Return a parser of numbers from low to high for argparse."""
 
+    def parse_number(text: str) -> float:
+        if not low <= (value := kind(text)) <= high:
+            raise argparse.ArgumentTypeError(f"{text}: expected {low:g} to {high:g}")
+        return value
 
-def _probability(text: str) -> float:
-    if not 0 <= (value := float(text)) <= 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected a number from 0 to 1")
-    return value
-
-
-def _seconds(text: str) -> float:
-    if not 0 < (value := float(text)) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: expected seconds above 0")
-    return value
+    parse_number.__name__ = "number"  # named in argparse's message for what is none
+    return parse_number
 
 
 def run(args: argparse.Namespace) -> int:
@@ -840,22 +800,20 @@ def run(args: argparse.Namespace) -> int:
     for name in args.input:
         if not os.path.lexists(name):
             raise Halt(f"--input {escaped(name)}: no such file or folder")
-    pool = Pool(args.workers, args.timeout)  # starts while torch is imported, for seconds
-    try:
-        return _run(args, pool, Ranks())
-    finally:
-        pool.close()
+    with ThreadPoolExecutor(1) as beside, ExitStack() as stack:
+        pool = beside.submit(Pool, args.workers, args.timeout)  # while torch is being imported
+        stack.callback(lambda: pool.result().close())
+        net = load_net(args.model, args.device)
+        classifier = Classifier(net, args.alphabet, args.topk, args.min_confidence)
+        return answer_all(args, pool.result(), classifier, Ranks())
 
 
-def _run(args: argparse.Namespace, pool: Pool, ranks: Ranks) -> int:
+def answer_all(args: argparse.Namespace, pool: Pool, classifier: Classifier, ranks: Ranks) -> int:
+    """Find, classify and write; return the exit code."""
     from CNN import SIZE
 
-    net = load_net(args.model, args.device)
-    classifier = Classifier(net, args.alphabet, args.topk, args.min_confidence)
-
     def answer(listing: Iterator[tuple[str, str]]) -> Iterator[list[Result]]:
-        pictures = pool.run(listing, SIZE)
-        return classify(pictures, classifier, args.batch_size, args.workers)
+        return classify(pool.run(listing, SIZE), classifier, args.batch_size, args.workers)
 
     passed_over: Counter[str] = Counter()
     listing = find(args.input, passed_over)
@@ -880,6 +838,7 @@ def load_net(path: Path, device: str) -> "CNN.Net":
 
     import CNN
 
+    torch.set_num_threads(1)  # `classify` runs passes of the net side by side instead
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
