@@ -14,7 +14,9 @@ stderr. Exit code: 0 all answered, 1 some could not be, 2 wrong usage, 130 inter
 """
 
 import argparse
+import base64
 import csv
+import io
 import json
 import multiprocessing
 import os
@@ -229,14 +231,15 @@ class Picture(NamedTuple):
     path: str
     ink: bytes
     error: str
+    thumbnail: str = ""  # data URI, where a report is asked for
 
 
-def work(connection: Connection) -> None:
+def work(connection: Connection, thumbnails: bool) -> None:
     """Read and fit the pictures that come over the connection, until it closes.
 
-    In: the size, then paths, NUL between all. Out: errors ("" for none), for as many of the paths
-    as were done, NUL between them; then a block with size * size bytes for each that has no error.
-    No pickles on the way back: a process that a hostile picture took over gains nothing by it.
+    In: the size, then paths, NUL between all. Out, for as many of the paths as were done: errors
+    ("" for none) and thumbnails, NUL between them, and a block with size * size bytes for each that
+    has no error. No pickles: a process that a hostile picture took over gains nothing by them.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libtiff and others print what files tell them to
@@ -247,8 +250,9 @@ def work(connection: Connection) -> None:
     try:
         while True:
             size, *paths = connection.recv_bytes().split(b"\0")
-            errors, block = _prepare(map(os.fsdecode, paths), int(size))
+            errors, views, block = _prepare(map(os.fsdecode, paths), int(size), thumbnails)
             connection.send_bytes("\0".join(errors).encode())
+            connection.send_bytes("\0".join(views).encode())
             connection.send_bytes(block)
     except (EOFError, OSError):  # the other side is gone
         return
@@ -265,23 +269,29 @@ def _limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
-def _prepare(paths: Iterable[str], size: int) -> tuple[list[str], bytes]:
-    """Read pictures until all are or FLUSH_SECONDS are over, fit them; return errors and block."""
-    greys, errors = [], []
+def _prepare(
+    paths: Iterable[str], size: int, thumbnails: bool
+) -> tuple[list[str], list[str], bytes]:
+    """Read pictures until all are or FLUSH_SECONDS are over, fit them; see `work`."""
+    greys, errors, views = [], [], []
     started = time.monotonic()
     for path in paths:
+        error, view = "", ""
         try:
-            greys.append(read(path))
-            errors.append("")
-        except Exception as error:  # Pillow raises nearly everything for broken files
-            errors.append(_reason(error))
+            picture = load(path)
+            greys.append(to_grey(picture))
+            view = thumbnail(picture) if thumbnails else ""
+        except Exception as problem:  # Pillow raises nearly everything for broken files
+            error = _reason(problem)
+        errors.append(error)
+        views.append(view)
         if time.monotonic() - started > FLUSH_SECONDS:
             break
     images, inked = fit(greys, size)
     sound = [i for i, error in enumerate(errors) if not error]
     for i, has_ink in zip(sound, inked, strict=True):
         errors[i] = "" if has_ink else BLANK
-    return errors, images[inked].tobytes()
+    return errors, views, images[inked].tobytes()
 
 
 def _reason(error: Exception) -> str:
@@ -299,13 +309,13 @@ def _reason(error: Exception) -> str:
 class Worker:
     """A process that decodes pictures, so that what a file does to its decoder ends with it."""
 
-    def __init__(self) -> None:
+    def __init__(self, thumbnails: bool) -> None:
         methods = multiprocessing.get_all_start_methods()
         context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         if "forkserver" in methods:  # imports these once, then forks in milliseconds
             context.set_forkserver_preload(["numpy", "PIL.Image", "PIL.ImageOps"])
         self.connection, far_end = context.Pipe()
-        self.process = context.Process(target=work, args=(far_end,), daemon=True)
+        self.process = context.Process(target=work, args=(far_end, thumbnails), daemon=True)
         self.process.start()
         far_end.close()
         self.ready = False
@@ -328,12 +338,12 @@ class Pool:
     tried again, each picture alone; one that is then lost again gets an error.
     """
 
-    def __init__(self, workers: int, timeout: float) -> None:
-        self.limit, self.timeout = workers, timeout
+    def __init__(self, workers: int, timeout: float, thumbnails: bool) -> None:
+        self.limit, self.timeout, self.thumbnails = workers, timeout, thumbnails
         self.jobs: deque[list[tuple[int, str]]] = deque()  # numbered paths
         self.answered: dict[int, Picture] = {}
         self.failed_starts = 0
-        self.workers = [Worker()]  # the others start when there is work for them
+        self.workers = [Worker(thumbnails)]  # the others start when there is work for them
 
     def run(self, listing: Iterator[tuple[str, str]], size: int) -> Iterator[list[Picture]]:
         """Yield the pictures of (path, error) pairs in order, in lists of what is ready.
@@ -367,7 +377,7 @@ class Pool:
                 with suppress(OSError):  # died while idle; _receive finds its connection closed
                     worker.connection.send_bytes(b"\0".join(request))
         if self.jobs and len(self.workers) < self.limit and all(w.ready for w in self.workers):
-            self.workers.append(Worker())
+            self.workers.append(Worker(self.thumbnails))
 
     def _receive(self) -> None:
         """Wait a moment for answers, take them in, replace workers that died or take too long."""
@@ -389,13 +399,15 @@ class Pool:
         if not worker.ready:
             worker.ready, self.failed_starts = True, 0
             return
-        errors, block = message.decode().split("\0"), worker.connection.recv_bytes()
+        errors = message.decode().split("\0")
+        views = worker.connection.recv_bytes().decode().split("\0")
+        block = worker.connection.recv_bytes()
         if len(block) != errors.count("") * self.size**2:
             raise OSError("not an answer")
         start = 0
-        for (i, path), error in zip(worker.job, errors, strict=False):
+        for (i, path), error, view in zip(worker.job, errors, views, strict=False):
             end = start if error else start + self.size**2
-            self.answered[i] = Picture(path, block[start:end], error)
+            self.answered[i] = Picture(path, block[start:end], error, view)
             start = end
         left, worker.job = worker.job[len(errors) :], []
         part = -(-len(left) // self.limit) or 1
@@ -436,6 +448,7 @@ class Result(NamedTuple):
     alternatives: tuple[tuple[str, float], ...] = ()  # the next likely; all, without an answer
     lookalike: str = ""  # the pair, such as "0O", where the two likeliest can't be told apart alone
     error: str = ""
+    picture: Picture | None = None  # for the report
 
     @property
     def kind(self) -> str:
@@ -470,9 +483,11 @@ class Classifier:
         sound = [picture.ink for picture in pictures if not picture.error]
         answers = iter(self._likeliest(sound) if sound else ())
         results = []
-        for path, _, error in pictures:
+        for picture in pictures:
+            path, _, error, view = picture
+            seen = picture if view else None
             if error:
-                results.append(Result(path, error=error))
+                results.append(Result(path, error=error, picture=seen))
                 continue
             ranked = next(answers)
             (best, confidence), others = ranked[0], ranked[1 : self.topk]
@@ -480,7 +495,7 @@ class Classifier:
             if confidence < self.minimum:
                 error = f"no answer: {confidence:.4f} is below --min-confidence {self.minimum:g}"
                 best, others = "", ranked[: self.topk]
-            results.append(Result(path, best, confidence, others, pair, error))
+            results.append(Result(path, best, confidence, others, pair, error, seen))
         return results
 
     def _likeliest(self, inks: list[bytes]) -> list[tuple[tuple[str, float], ...]]:
@@ -571,12 +586,15 @@ def csv_line(result: Result) -> str:
 
 def json_line(result: Result) -> str:
     """Write as a JSON object; bytes of the path that are not UTF-8 as \\udc80 to \\udcff."""
-    content = result._asdict()
-    content["confidence"] = round(result.confidence, 4)
-    content["alternatives"] = {character: round(p, 4) for character, p in result.alternatives}
-    return (
-        json.dumps({k: v if k == "alternatives" else v or None for k, v in content.items()}) + "\n"
-    )
+    content = {
+        "path": result.path,
+        "character": result.character or None,
+        "confidence": round(result.confidence, 4) or None,
+        "alternatives": {character: round(p, 4) for character, p in result.alternatives},
+        "lookalike": result.lookalike or None,
+        "error": result.error or None,
+    }
+    return json.dumps(content) + "\n"
 
 
 CSV_SPECIAL = re.compile('[,"\r\n]')
@@ -598,9 +616,9 @@ class Output:
             self.file = file.resolve()  # a link stays, what it points to is replaced
             self.partial = self.file.with_name(self.file.name + ".partial")
             if self.file.exists() and not self.file.is_file():
-                raise Halt(f"--output {file}: is not a regular file; without --output it is stdout")
+                raise Halt(f"--output {file}: not a regular file; without --output it is stdout")
             try:
-                self.stream = self._go_on() if resume else open(self.partial, "wb")
+                self.stream = self._go_on() if resume else open(self.partial, "wb")  # noqa: SIM115
             except OSError as error:
                 raise Halt(f"--output {file}: can't be written: {error.strerror}") from None
         if form == "csv" and not self.done:
@@ -610,7 +628,7 @@ class Output:
         """Open FILE.partial after its last whole row, having noted what it holds."""
         if self.file.exists() and not self.partial.exists():
             shutil.copyfile(self.file, self.partial)
-        stream = open(self.partial, "a+b")
+        stream = open(self.partial, "a+b")  # noqa: SIM115
         stream.seek(0)
         whole, row = 0, b""
         for line in stream:
@@ -661,6 +679,50 @@ class Output:
             os.replace(self.partial, self.file)
 
 
+def thumbnail(picture: Image.Image) -> str:
+    """Return a picture that `load` returned as a data URI, small enough for a page of thousands."""
+    if picture.mode in ("I", "F"):
+        picture = Image.fromarray(to_grey(picture))
+    picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    form = "PNG" if picture.mode == "RGBA" or max(picture.size) < THUMBNAIL_SIDE // 2 else "JPEG"
+    file = io.BytesIO()
+    picture.save(file, form)
+    return f"data:image/{form.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+class Report:
+    """Writes a page for going through the results by eye; FILE only appears when all is done."""
+
+    def __init__(self, file: Path | None) -> None:
+        self.file, self.rows = file, 0
+        if file is not None:
+            self.partial = file.with_name(file.name + ".partial")
+            try:
+                self.stream = open(self.partial, "w", encoding="ascii")  # noqa: SIM115
+            except OSError as error:
+                raise Halt(f"--report {file}: can't be written: {error.strerror}") from None
+            self.head, self.foot = PAGE.split("ROWS")
+            self.stream.write(self.head)
+
+    def write(self, results: list[Result]) -> None:
+        """Add results, as JSON that can't end the script element that it stands in."""
+        for result in results if self.file is not None else ():
+            ink, view = (
+                (result.picture.ink, result.picture.thumbnail) if result.picture else (b"", "")
+            )
+            row = [escaped(result.path), *result[1:6], base64.b64encode(ink).decode(), view]
+            text = json.dumps(row).replace("<", "\\u003c")
+            self.stream.write((",\n" if self.rows else "") + text)
+            self.rows += 1
+
+    def finish(self) -> None:
+        """Close the page and give it its name."""
+        if self.file is not None:
+            self.stream.write(self.foot)
+            self.stream.close()
+            os.replace(self.partial, self.file)
+
+
 class Talk:
     """What goes to stderr: one line for each error, on a terminal a bar, and the closing line."""
 
@@ -698,6 +760,9 @@ class Talk:
         parts += [f"{count:,} {kind} passed over" for kind, count in sorted(passed_over.items())]
         rate = f"{total / seconds:,.0f} pictures/s"
         self.say(f"{total:,} pictures: {', '.join(parts) or 'none found'} ({rate})")
+
+
+THUMBNAIL_SIDE = 96  # px
 
 
 ROUND = 1024  # pictures that a rank is dealt at a time under torchrun
@@ -772,6 +837,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--format", choices=LINES, default="ascii", help="of the results")
     add("--output", type=Path, metavar="FILE", help="where results go instead of stdout")
     add("--resume", action="store_true", help="go on where a run with this --output was cut short")
+    add("--report", type=Path, metavar="FILE", help="a page for going through the pictures by eye")
     add("--batch-size", type=some, default=128, metavar="N", help="pictures per pass of the net")
     add("--workers", type=some, default=share, metavar="N", help="processes that read pictures")
     add("--timeout", type=number(float, 0.1, 1e6), default=30, metavar="S", help="s for a picture")
@@ -801,7 +867,9 @@ def run(args: argparse.Namespace) -> int:
         if not os.path.lexists(name):
             raise Halt(f"--input {escaped(name)}: no such file or folder")
     with ThreadPoolExecutor(1) as beside, ExitStack() as stack:
-        pool = beside.submit(Pool, args.workers, args.timeout)  # while torch is being imported
+        pool = beside.submit(
+            Pool, args.workers, args.timeout, bool(args.report)
+        )  # while torch is being imported
         stack.callback(lambda: pool.result().close())
         net = load_net(args.model, args.device)
         classifier = Classifier(net, args.alphabet, args.topk, args.min_confidence)
@@ -820,14 +888,17 @@ def answer_all(args: argparse.Namespace, pool: Pool, classifier: Classifier, ran
     if ranks.rank > 0:
         deque(ranks.answers(listing, answer), maxlen=0)
         return 0
-    output, talk = Output(args.output, args.format, args.resume), Talk()
+    output, report = Output(args.output, args.format, args.resume), Report(args.report)
+    talk = Talk()
     if output.done:
         talk.say(f"{len(output.done):,} pictures are in {output.partial} already")
     listing = (pair for pair in listing if not output.holds(pair[0]))
     for results in ranks.answers(listing, answer):
         output.write(results)
+        report.write(results)
         talk.follow(results, say_errors=args.format == "ascii")
     output.finish()
+    report.finish()
     talk.close(passed_over)
     return 1 if output.failed or talk.counts.total() > talk.counts["answered"] else 0
 
@@ -856,14 +927,19 @@ def load_net(path: Path, device: str) -> "CNN.Net":
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
     args = parse(arguments)
+    signal.signal(signal.SIGTERM, _stop)
     try:
         return run(args)
     except Halt as reason:
         print(f"inference.py: {reason}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("inference.py: interrupted" + _how_to_go_on(args), file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        number = stop.args[0] if stop.args else signal.SIGINT
+        print(
+            f"inference.py: stopped by {signal.Signals(number).name}" + _how_to_go_on(args),
+            file=sys.stderr,
+        )
+        return 128 + number
     except BrokenPipeError:  # whoever read stdout has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -872,9 +948,154 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
+def _stop(number: int, frame: object) -> None:
+    raise KeyboardInterrupt(number)
+
+
 def _how_to_go_on(args: argparse.Namespace) -> str:
     return f"; the same command with --resume goes on with {args.output}" if args.output else ""
 
+
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:;
+  style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<title>Characters, most doubtful first</title>
+<style>
+:root { color-scheme: light dark; --paper: light-dark(#fff, #16181c);
+  --ink: light-dark(#1a1c20, #e8e9ec); --soft: light-dark(#5f6570, #9aa1ad);
+  --line: light-dark(#d9dce1, #343840); --card: light-dark(#f6f7f9, #1e2126);
+  --mark: light-dark(#0b62d6, #6db0ff); --low: #d9822b }
+* { box-sizing: border-box }
+body { margin: 0; background: var(--paper); color: var(--ink);
+  font: 14px/1.4 system-ui, sans-serif }
+header { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: .5rem 1.25rem;
+  align-items: center; padding: .6rem 1rem; background: var(--paper);
+  border-bottom: 1px solid var(--line) }
+h1 { font-size: 1rem; margin: 0 }
+header small { color: var(--soft); margin-left: auto }
+kbd { border: 1px solid var(--line); border-radius: 3px; padding: 0 .3em; font: inherit }
+select, input { font: inherit; accent-color: var(--mark); vertical-align: middle }
+main { display: grid; grid-template-columns: repeat(auto-fill, minmax(21rem, 1fr)); gap: .6rem;
+  padding: 1rem }
+article { display: grid; grid-template-columns: 96px 84px 1fr; gap: .2rem .7rem; padding: .6rem;
+  border: 1px solid var(--line); border-radius: 8px; background: var(--card);
+  content-visibility: auto; contain-intrinsic-size: auto 150px; scroll-margin: 4.5rem 0 1rem }
+article:focus { outline: 2px solid var(--mark); outline-offset: 1px }
+figure { margin: 0; height: 96px; display: grid; place-items: center }
+figure > * { max-width: 100%; max-height: 96px; image-rendering: pixelated }
+img { min-width: 56px; object-fit: contain }
+canvas { width: 84px; height: 84px; border: 1px solid var(--line) }
+b { font: 600 2.4rem/1 ui-monospace, monospace; display: block }
+meter { width: 100% }
+.doubt b { color: var(--low) }
+.soft { color: var(--soft); overflow-wrap: anywhere }
+.path { grid-column: 1 / -1; color: var(--soft); overflow-wrap: anywhere; font-size: 12px }
+</style>
+<header>
+<h1 id="count"></h1>
+<label>Answer <select id="answer"><option value="">all</option></select></label>
+<label>Confidence at most <input id="doubt" type="range" min="0" max="1" step="0.01" value="1">
+<output id="limit"></output></label>
+<label><input id="alike" type="checkbox"> look-alikes only</label>
+<label>Order <select id="order"><option value="2">doubt</option><option value="0">path</option>
+<option value="1">answer</option></select></label>
+<small><kbd>j</kbd> <kbd>k</kbd> or arrows: move, <kbd>a</kbd> answer, <kbd>d</kbd> doubt,
+<kbd>Esc</kbd> back</small>
+</header>
+<main id="list"></main>
+<p id="end"></p>
+<script type="application/json" id="rows">[
+ROWS
+]</script>
+<script>
+"use strict"
+const get = id => document.getElementById(id), list = get("list"), step = 120
+const rows = JSON.parse(get("rows").textContent)
+const percent = p => (100 * p).toFixed(1) + " %"
+const unanswered = ([, , , alternatives, , error]) =>
+  alternatives.length ? "no answer" : error.startsWith("blank") ? "blank" : "unreadable"
+const kind = row => row[1] || unanswered(row)
+let shown = [], built = 0
+
+function add(parent, name, text, className) {
+  const element = document.createElement(name)
+  if (text) element.textContent = text
+  if (className) element.className = className
+  return parent.appendChild(element)
+}
+function drawInk(canvas, base64) {
+  const ink = Array.from(atob(base64), c => c.charCodeAt(0))
+  canvas.width = canvas.height = Math.sqrt(ink.length)
+  const image = new ImageData(canvas.width, canvas.height)
+  ink.forEach((level, i) => image.data.set([level, level, level, 255], 4 * i))
+  canvas.getContext("2d").putImageData(image, 0, 0)
+}
+function card(row) {
+  const [path, character, confidence, alternatives, alike, error, ink, view] = row
+  const article = document.createElement("article")
+  article.tabIndex = -1
+  article.classList.toggle("doubt", confidence < 0.9)
+  article.setAttribute("aria-label", `${kind(row)}, ${percent(confidence)}, ${path}`)
+  const left = add(article, "figure"), middle = add(article, "figure"), right = add(article, "div")
+  if (view) Object.assign(add(left, "img"), { src: view, alt: "as it came" })
+  if (ink) drawInk(add(middle, "canvas"), ink)
+  add(right, "b", character || "\\u2013")
+  if (confidence) {
+    add(right, "meter").value = confidence
+    add(right, "span", percent(confidence) + " ")
+    add(right, "span", alternatives.map(([c, p]) => `${c} ${percent(p)}`).join(", "), "soft")
+  }
+  if (alike) add(right, "div", `${alike[0]} and ${alike[1]} look alike`, "soft")
+  if (error) add(right, "div", error, "soft")
+  add(article, "div", path, "path")
+  return article
+}
+function more() {
+  list.append(...shown.slice(built, built += step).map(card))
+}
+function show() {
+  const answer = get("answer").value, doubt = +get("doubt").value, by = +get("order").value
+  get("limit").value = percent(doubt)
+  shown = rows.filter(row => (!answer || kind(row) === answer) && row[2] <= doubt
+    && (row[4] || !get("alike").checked))
+  shown.sort((a, b) => (a[by] < b[by] ? -1 : a[by] > b[by] ? 1 : a[2] - b[2]))
+  get("count").textContent = `${shown.length} of ${rows.length} pictures`
+  list.replaceChildren()
+  built = 0
+  more()
+  scrollTo(0, 0)
+}
+function move(by) {
+  const cards = list.children, now = Array.prototype.indexOf.call(cards, document.activeElement)
+  const next = now < 0 ? 0 : Math.max(0, now + by)
+  if (next >= cards.length - 1) more()
+  cards[next]?.focus({ preventScroll: true })
+  cards[next]?.scrollIntoView({ block: "nearest" })
+}
+for (const name of [...new Set(rows.map(kind))].sort()) {
+  add(get("answer"), "option", name).value = name
+}
+for (const id of ["answer", "doubt", "alike", "order"]) get(id).addEventListener("input", show)
+addEventListener("keydown", event => {
+  const wide = getComputedStyle(list).gridTemplateColumns.split(" ").length
+  const moves = { j: 1, k: -1, ArrowRight: 1, ArrowLeft: -1, ArrowDown: wide, ArrowUp: -wide }
+  if (event.ctrlKey || event.metaKey || event.altKey) return
+  if (event.key === "Escape") move(0)
+  else if (event.target.matches("select, input")) return
+  else if (event.key === "a") get("answer").focus()
+  else if (event.key === "d") get("doubt").focus()
+  else if (event.key in moves) move(moves[event.key])
+  else return
+  event.preventDefault()
+})
+const ahead = { rootMargin: "1500px" }
+new IntersectionObserver(seen => seen[0].isIntersecting && more(), ahead).observe(get("end"))
+show()
+</script>
+"""
 
 if __name__ == "__main__":
     sys.exit(main())
