@@ -14,6 +14,7 @@ import tempfile
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -40,11 +41,11 @@ class Architecture:
     hidden: int = 1024
 
 
-_BLOCK = "conv norm relu conv norm pool relu drop"  # pool before relu: the same values, cheaper
+_BLOCK = "conv norm pool relu conv norm relu drop"  # pool before relu: same values, cheaper
 _HEAD = "linear norm relu drop"
 ARCHITECTURES = {
-    "default": Architecture(_BLOCK, _HEAD, (32, 64), kernel=3, padding=1, hidden=512),
-    "large": Architecture(_BLOCK, _HEAD, (80, 160), kernel=3, padding=1, hidden=1024),
+    "default": Architecture(_BLOCK, _HEAD, (48, 96), kernel=3, padding=1, hidden=384),
+    "large": Architecture(_BLOCK, _HEAD, (128, 256), kernel=3, padding=1, hidden=768),
     "run1": Architecture("conv relu norm drop pool", ""),
     "run7": Architecture("conv relu conv relu norm pool drop", "linear norm relu drop"),
     "run8": Architecture(
@@ -59,8 +60,8 @@ class Net(nn.Module):
     arch: a name in ARCHITECTURES. xavier: Glorot & Bengio's uniform initialisation (2010) of every
     convolution and linear layer; otherwise torch's own. What the weights file knows beside weights
     hangs on the net: `temperature` (logits are divided by it to get calibrated probabilities),
-    `lookalikes` (pairs of characters that nobody can tell apart alone), `figures` (what it reached).
-    The names layer1, layer2, fc1, fc2 are the origin's, so that its weights fit.
+    `lookalikes` (pairs of characters that nobody can tell apart alone), `figures` (what it
+    reached). The names layer1, layer2, fc1, fc2 are the origin's, so that its weights fit.
     """
 
     def __init__(
@@ -104,10 +105,10 @@ class Net(nn.Module):
         return self.fc2(self.fc1(x.flatten(1)))
 
     def fused(self) -> "Net":
-        """Return a copy for inference: eval mode, batch norms folded into the layers before them."""
+        """Return a copy for inference: in eval mode, batch norms folded into what precedes them."""
         net = copy.deepcopy(self).eval().requires_grad_(False)
         for sequence in (net.layer1, net.layer2, net.fc1):
-            for i, (layer, norm) in enumerate(zip(sequence, sequence[1:])):
+            for i, (layer, norm) in enumerate(pairwise(list(sequence))):
                 if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                     sequence[i] = fusion.fuse_conv_bn_eval(layer, norm)
                     sequence[i + 1] = nn.Identity()
@@ -193,8 +194,8 @@ def load(path: Path, device: torch.device | str = "cpu") -> Net:
 
     A bare state_dict names no net: the one architecture that its keys and shapes fit is taken. The
     origin's file (keys under `_orig_mod.`, 37 outputs of which the last was never trained) is run8.
-    Nothing in the file is executed (weights_only). Raises ValueError, one line, for any file that is
-    not whole and ours; OSError where it can't be read.
+    Nothing in the file is executed (weights_only). Raises ValueError, one line, for any file that
+    is not whole and ours; OSError where it can't be read.
     """
     content = _read(Path(path))
     try:
