@@ -86,7 +86,7 @@ class Config:
     """Every setting of a run: its default, type and help stand here and nowhere else."""
 
     arch: str = setting("default", "net", choices=list(ARCHITECTURES))
-    epochs: int = setting(30, "passes over the training data")
+    epochs: int = setting(20, "passes over the training data")
     batch_size: int = setting(512, "pictures per step, over all processes")
     optimizer: str = setting("adamw", "optimizer", choices=["adamw", "adam", "sgd", "adagrad"])
     lr: float = setting(3e-3, "highest learning rate")
