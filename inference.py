@@ -132,7 +132,9 @@ def _upright(picture: Image.Image) -> Image.Image:
 def to_grey(picture: Image.Image) -> np.ndarray:
     """Return a picture in mode L, RGB, RGBA, I or F as grey uint8 (H, W), transparency as paper."""
     if picture.mode in ("I", "F"):
-        values = np.nan_to_num(np.asarray(picture, np.float32), posinf=0, neginf=0)
+        values = np.asarray(picture, np.float32)
+        finite = np.isfinite(values)
+        values = np.where(finite, values, np.median(values[finite]) if finite.any() else 0)
         low, high = values.min(), values.max()
         return ((values - low) * (255 / max(high - low, 1e-6))).round().astype(np.uint8)
     if picture.mode == "RGBA":
@@ -156,10 +158,9 @@ def fit(pictures: list[np.ndarray], size: int) -> tuple[np.ndarray, np.ndarray]:
         low, high = int(picture.min()), int(picture.max())
         if high - low < 16:
             continue
-        mask = picture > (low + high) / 2
-        ink = picture if mask.mean() < 0.5 else 255 - picture
-        rows, columns = (np.flatnonzero(mask.any(axis) if ink is picture else (~mask).any(axis))
-                         for axis in (1, 0))  # fmt: skip
+        light = ((picture.astype(np.float32) - low) * (255 / (high - low))).astype(np.uint8)
+        ink = light if (light > 127).mean() < 0.5 else 255 - light
+        rows, columns = (np.flatnonzero((ink > 127).any(axis)) for axis in (1, 0))
         glyph = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
         height, width = glyph.shape
         scale = (size - 4) / max(height, width)
@@ -388,10 +389,10 @@ class Pool:
                 self._take(worker)
             except (EOFError, OSError):
                 worker.process.join(1)  # its pipe closes a moment before it is gone
-                self._bury(worker)
+                self._bury(worker, "")
         for worker in busy.values():
             if time.monotonic() > worker.deadline:
-                self._bury(worker)
+                self._bury(worker, f"takes more than {self.timeout:g} s to decode")
 
     def _take(self, worker: Worker) -> None:
         """Take in an answer; what it leaves of the job goes to all workers, in equal parts."""
@@ -413,8 +414,8 @@ class Pool:
         part = -(-len(left) // self.limit) or 1
         self.jobs.extendleft(left[i : i + part] for i in reversed(range(0, len(left), part)))
 
-    def _bury(self, worker: Worker) -> None:
-        """Remove a worker that died or took too long; see to the pictures that it had."""
+    def _bury(self, worker: Worker, why: str) -> None:
+        """Remove a worker that died or, for the reason given, has to; see to its pictures."""
         code = worker.end()
         self.workers.remove(worker)
         if not worker.ready:
@@ -424,10 +425,8 @@ class Pool:
         elif len(worker.job) > 1:
             self.jobs.extendleft([numbered] for numbered in reversed(worker.job))
         elif worker.job:
-            why = f"takes more than {self.timeout:g} s to decode"
-            if code is not None:
-                why = f"its decoder was killed ({signal.strsignal(-code) if code < 0 else code})"
-            self.answered |= {i: Picture(path, b"", why) for i, path in worker.job}
+            (i, path), cause = worker.job[0], signal.strsignal(-code) if code and code < 0 else code
+            self.answered[i] = Picture(path, b"", why or f"its decoder died ({cause})")
 
     def close(self) -> None:
         """End all workers."""
@@ -520,7 +519,8 @@ def parse_alphabet(text: str, known: str) -> str:
     text: characters and ranges such as A-F, in any mixture. Raises Halt for any not known.
     """
     allowed = set()
-    for match in re.finditer("(.)-(.)|(.)", text.upper(), re.DOTALL):
+    folded = text.upper() if text.isascii() else text
+    for match in re.finditer("(.)-(.)|(.)", folded, re.DOTALL):
         first, last = (match[1], match[2]) if match[1] else (match[3], match[3])
         if first not in known or last not in known or known.index(first) > known.index(last):
             raise Halt(f"--alphabet: {match[0]!r} is not a character or range of {known}")
@@ -602,6 +602,16 @@ CSV_HEADER = "path,character,confidence,alternatives,lookalike,error\n"
 LINES = {"ascii": ascii_line, "csv": csv_line, "json": json_line}
 
 
+def partial(file: Path, flag: str) -> Path:
+    """Return FILE.partial, which takes what becomes FILE when it is complete. Raises Halt."""
+    file = Path(os.path.realpath(file))  # of a link, what it points to is replaced
+    if file.exists() and not file.is_file():
+        raise Halt(f"{flag} {file}: not a regular file, can't be replaced")
+    if not os.access(file.parent, os.W_OK):
+        raise Halt(f"{flag} {file}: its folder is missing or can't be written to")
+    return file.with_name(file.name + ".partial")
+
+
 class Output:
     """Writes results in order to stdout, or to FILE.partial, which becomes FILE when all is done.
 
@@ -609,56 +619,51 @@ class Output:
     """
 
     def __init__(self, file: Path | None, form: str, resume: bool) -> None:
-        self.form, self.file, self.done, self.failed = form, file, set(), 0
-        if file is None:
+        self.form, self.done, self.failed = form, set(), 0
+        self.partial = partial(file, "--output") if file else None
+        if not self.partial:
             self.stream: IO[bytes] = sys.stdout.buffer
+        elif resume:
+            self._go_on()
         else:
-            self.file = file.resolve()  # a link stays, what it points to is replaced
-            self.partial = self.file.with_name(self.file.name + ".partial")
-            if self.file.exists() and not self.file.is_file():
-                raise Halt(f"--output {file}: not a regular file; without --output it is stdout")
-            try:
-                self.stream = self._go_on() if resume else open(self.partial, "wb")  # noqa: SIM115
-            except OSError as error:
-                raise Halt(f"--output {file}: can't be written: {error.strerror}") from None
-        if form == "csv" and not self.done:
+            self.stream = open(self.partial, "wb")  # noqa: SIM115 - closed by finish
+        if form == "csv" and not (self.partial and self.stream.tell()):
             self.stream.write(CSV_HEADER.encode())
 
-    def _go_on(self) -> IO[bytes]:
+    def _go_on(self) -> None:
         """Open FILE.partial after its last whole row, having noted what it holds."""
-        if self.file.exists() and not self.partial.exists():
-            shutil.copyfile(self.file, self.partial)
-        stream = open(self.partial, "a+b")  # noqa: SIM115
-        stream.seek(0)
+        file = self.partial.with_suffix("")
+        if file.exists() and not self.partial.exists():
+            shutil.copyfile(file, self.partial)
+        self.stream = open(self.partial, "a+b")  # noqa: SIM115 - closed by finish
+        self.stream.seek(0)
         whole, row = 0, b""
-        for line in stream:
+        for line in self.stream:
             row += line
             if not row.endswith(b"\n") or (self.form == "csv" and row.count(b'"') % 2):
                 continue  # torn, or a quoted path that goes on in the next line
-            whole += len(row)
-            if row != CSV_HEADER.encode():
-                path, character = self._parse(row.decode("utf-8", "surrogateescape"))
+            if whole or self.form != "csv" or row != CSV_HEADER.encode():
+                path, character = self._parse(row.decode("utf-8", "surrogateescape"), whole)
                 self.done.add(path)
                 self.failed += not character
-            row = b""
-        stream.truncate(whole)
-        return stream
+            whole, row = whole + len(row), b""
+        self.stream.truncate(whole)
+        self.stream.seek(whole)
 
-    def _parse(self, row: str) -> tuple[str, str]:
-        """Return the path and the character, if any, of a row."""
+    def _parse(self, row: str, start: int) -> tuple[str, str]:
+        """Return the path and the character, if any, of a row that starts at a byte of the file."""
         try:
             if self.form == "json":
                 content = json.loads(row)
                 return content["path"], content["character"]
-            if self.form == "csv":
-                path, character, *rest = next(csv.reader([row]))
-                return path, character * (len(rest) == 4)
+            if self.form == "csv" and start > 0:
+                path, character, _, _, _, _ = next(csv.reader([row]))
+                return path, character
             code, path = re.fullmatch("([0-9]{3}|---), (.+)\n", row).groups()
             return path, code.strip("-")
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise Halt(
-                f"--resume: {self.partial}: no {self.form} row: {escaped(row[:60])}"
-            ) from None
+            what = f"no {self.form} row of this program: {escaped(row[:60])}"
+            raise Halt(f"--resume: {self.partial}, byte {start}: {what}") from None
 
     def holds(self, path: str) -> bool:
         """Tell whether the file that is resumed holds the path."""
@@ -673,10 +678,10 @@ class Output:
     def finish(self) -> None:
         """Give the file, now complete, its name."""
         self.stream.flush()
-        if self.file is not None:
+        if self.partial:
             os.fsync(self.stream.fileno())
             self.stream.close()
-            os.replace(self.partial, self.file)
+            self.partial.replace(self.partial.with_suffix(""))
 
 
 def thumbnail(picture: Image.Image) -> str:
@@ -694,19 +699,15 @@ class Report:
     """Writes a page for going through the results by eye; FILE only appears when all is done."""
 
     def __init__(self, file: Path | None) -> None:
-        self.file, self.rows = file, 0
-        if file is not None:
-            self.partial = file.with_name(file.name + ".partial")
-            try:
-                self.stream = open(self.partial, "w", encoding="ascii")  # noqa: SIM115
-            except OSError as error:
-                raise Halt(f"--report {file}: can't be written: {error.strerror}") from None
+        self.partial, self.rows = partial(file, "--report") if file else None, 0
+        if self.partial:
+            self.stream = open(self.partial, "w", encoding="ascii")  # noqa: SIM115
             self.head, self.foot = PAGE.split("ROWS")
             self.stream.write(self.head)
 
     def write(self, results: list[Result]) -> None:
         """Add results, as JSON that can't end the script element that it stands in."""
-        for result in results if self.file is not None else ():
+        for result in results if self.partial else ():
             ink, view = (
                 (result.picture.ink, result.picture.thumbnail) if result.picture else (b"", "")
             )
@@ -717,10 +718,10 @@ class Report:
 
     def finish(self) -> None:
         """Close the page and give it its name."""
-        if self.file is not None:
+        if self.partial:
             self.stream.write(self.foot)
             self.stream.close()
-            os.replace(self.partial, self.file)
+            self.partial.replace(self.partial.with_suffix(""))
 
 
 class Talk:
@@ -806,8 +807,8 @@ class Ranks:
                 distributed.gather_object(own, gathered)
                 yield from gathered or ()
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0][:120]
-            raise Halt(f"another process of this torchrun was lost ({reason})") from None
+            reason = re.sub(r"^\[.*?\] ", "", str(error).splitlines()[0])[:80]  # less a source line
+            raise ConnectionError(f"another process of this torchrun is lost ({reason})") from None
         finally:
             distributed.destroy_process_group()
 
@@ -816,16 +817,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line; exits with 2 and a message where it is wrong."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     share = max(1, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add, some = parser.add_argument, number(int, 1, 1_000_000)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    add, count = parser.add_argument, number(int, 1, 1_000_000)
     model = Path(__file__).with_name("model.pt")
     add("--input", nargs="+", required=True, metavar="PATH", help="folders, pictures, or both")
-    add("--model", type=Path, default=model, metavar="FILE", help="weights")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: cuda where there is one")
-    add("--alphabet", default="0-9A-Z", metavar="CHARS", help="the characters that can be answered")
+    add("--model", type=Path, default=model, metavar="FILE", help="weights [model.pt beside this]")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ... [cuda where there is one, or cpu]")
+    add("--alphabet", default="0-9A-Z", metavar="CHARS", help="what can be answered [%(default)s]")
     add(
         "--min-confidence",
         type=number(float, 0, 1),
@@ -833,14 +831,26 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar="P",
         help="below: no answer",
     )
-    add("--topk", type=some, default=3, metavar="K", help="characters named in csv and json")
-    add("--format", choices=LINES, default="ascii", help="of the results")
+    add("--topk", type=count, default=3, metavar="K", help="characters in csv, json [%(default)s]")
+    add("--format", choices=LINES, default="ascii", help="of the results [%(default)s]")
     add("--output", type=Path, metavar="FILE", help="where results go instead of stdout")
     add("--resume", action="store_true", help="go on where a run with this --output was cut short")
     add("--report", type=Path, metavar="FILE", help="a page for going through the pictures by eye")
-    add("--batch-size", type=some, default=128, metavar="N", help="pictures per pass of the net")
-    add("--workers", type=some, default=share, metavar="N", help="processes that read pictures")
-    add("--timeout", type=number(float, 0.1, 1e6), default=30, metavar="S", help="s for a picture")
+    add("--batch-size", type=count, default=128, metavar="N", help="of the net [%(default)s]")
+    add(
+        "--workers",
+        type=count,
+        default=share,
+        metavar="N",
+        help="reading [one per core: %(default)s]",
+    )
+    add(
+        "--timeout",
+        type=number(float, 0.1, 1e6),
+        default=30,
+        metavar="S",
+        help="per picture [%(default)s s]",
+    )
     args = parser.parse_args(arguments)
     if args.resume and not args.output:
         parser.error("--resume needs the --output of the run that was cut short")
@@ -866,6 +876,9 @@ def run(args: argparse.Namespace) -> int:
     for name in args.input:
         if not os.path.lexists(name):
             raise Halt(f"--input {escaped(name)}: no such file or folder")
+    for file, flag in ((args.output, "--output"), (args.report, "--report")):
+        if file:
+            partial(file, flag)  # before anything is begun
     with ThreadPoolExecutor(1) as beside, ExitStack() as stack:
         pool = beside.submit(
             Pool, args.workers, args.timeout, bool(args.report)
@@ -943,7 +956,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read stdout has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:  # a full disk
+    except OSError as error:  # a full disk, a lost rank
         print(f"inference.py: {error}" + _how_to_go_on(args), file=sys.stderr)
         return 2
 

@@ -1,0 +1,642 @@
+"""inference.py: what it reads, what it answers, in which form, and with which exit code."""
+
+import csv
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import strokes
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+import CNN
+import inference
+
+ROOT = Path(__file__).parents[1]
+HOSTILE = (  # names that paths can have on Linux, each of a picture
+    b'comma, and "quote".png',
+    b"new\nline.png",
+    b"return\r.png",
+    b"escape\x1b[31m.png",
+    b"not utf-8 \xff\xfe.png",
+    b"tab\t and back\\slash.png",
+    "über \u202egnp.\u2028.png".encode(),
+    b"<script>alert(1)</script>.png".replace(b"/", b"\\"),
+    b"'; rm -rf ~ #.PNG",
+    b"-rf.png",
+    b"=1+1.png",
+)
+
+
+def glyph(character: str = "F", side: int = 64, seed: int = 3) -> Image.Image:
+    """Draw a character dark on white, with room around it."""
+    hand = replace(strokes.hand(seed), pen=0.12)
+    ink = strokes.ink(character, hand, (side, side), longest=0.7 * side)
+    return Image.fromarray((255 - 255 * np.asarray(ink)).astype(np.uint8))
+
+
+def fitted(path: Path) -> np.ndarray:
+    images, inked = inference.fit([inference.read(os.fspath(path))], CNN.SIZE)
+    assert inked.all()
+    return images[0]
+
+
+def likeness(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.corrcoef(a.ravel(), b.ravel())[0, 1])
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of no merit whose answers differ from picture to picture, with a temperature."""
+    torch.manual_seed(5)
+    net = CNN.Net()
+    with torch.no_grad():
+        net.fc2.weight.mul_(12)
+    net.temperature, net.lookalikes = 1.7, ["0O", "1I", "1L"]
+    path = tmp_path_factory.mktemp("weights") / "model.pt"
+    CNN.save(net, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tree of 144 characters and some with hostile names, with a blank, a wreck and a text."""
+    top = tmp_path_factory.mktemp("pictures")
+    for i, character in enumerate(CNN.ALPHABET * 4):
+        place = top / f"part{i % 3}" / ("deep" if i % 2 else ".")
+        place.mkdir(parents=True, exist_ok=True)
+        glyph(character, 40 + i % 7, seed=i).save(place / f"{i:03d}_{character}.png")
+    for i, name in enumerate(HOSTILE):
+        glyph("3AQ7"[i % 4], 48, seed=i).save(top / os.fsdecode(name), "PNG")
+    Image.new("L", (30, 30), 90).save(top / "blank.png")
+    (top / "wreck.jpg").write_bytes(b"\xff\xd8\xff\xe0 and nothing more")
+    (top / "notes.txt").write_text("not a picture")
+    return top
+
+
+@pytest.fixture
+def run(weights: Path, capfdbinary: pytest.CaptureFixture):
+    """Run the command in this process; return exit code, stdout and stderr."""
+
+    def run_in_process(*arguments: object) -> tuple[int, bytes, str]:
+        capfdbinary.readouterr()
+        try:
+            code = inference.main(["--model", str(weights), *map(str, arguments)])
+        except SystemExit as end:  # argparse's
+            code = end.code
+        out, err = capfdbinary.readouterr()
+        return code, out, err.decode()
+
+    return run_in_process
+
+
+def rows(text: bytes) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(text.decode("utf-8", "surrogateescape"), newline="")))
+
+
+# What it reads
+
+
+def deep(grey: Image.Image, low: int, high: int) -> Image.Image:
+    values = low + (high - low) * (np.asarray(grey, float) / 255)
+    return Image.fromarray(values.astype(np.uint16))
+
+
+def clear(grey: Image.Image, colour: int) -> Image.Image:
+    """Return ink of a colour on transparent ground."""
+    picture = Image.new("RGBA", grey.size, (colour, colour, colour, 0))
+    picture.putalpha(ImageOps.invert(grey))
+    return picture
+
+
+def with_clear_palette(grey: Image.Image) -> Image.Image:
+    palette = grey.quantize(8)
+    lightest = max(range(8), key=lambda i: sum(palette.getpalette()[3 * i : 3 * i + 3]))
+    palette.info["transparency"] = lightest
+    return palette
+
+
+MODES = {
+    "grey": ("png", lambda g: g),
+    "negative": ("png", ImageOps.invert),
+    "faint": ("png", lambda g: g.point(lambda v: 150 + v // 4)),
+    "bilevel": ("png", lambda g: g.convert("1")),
+    "palette": ("png", lambda g: g.quantize(8)),
+    "clear palette": ("png", with_clear_palette),
+    "clear palette gif": ("gif", with_clear_palette),
+    "grey and alpha": ("png", lambda g: clear(g, 0).convert("LA")),
+    "black on clear": ("png", lambda g: clear(g, 0)),
+    "white on clear": ("webp", lambda g: clear(g, 255)),
+    "colour": ("png", lambda g: ImageOps.colorize(g, (20, 30, 120), (235, 230, 200))),
+    "opaque": ("png", lambda g: g.convert("RGBA")),
+    "cmyk": ("tif", lambda g: g.convert("RGB").convert("CMYK")),
+    "cmyk jpeg": ("jpg", lambda g: g.convert("RGB").convert("CMYK")),
+    "ycbcr": ("tif", lambda g: g.convert("RGB").convert("YCbCr")),
+    "lab": (
+        "tif",
+        lambda g: Image.merge("LAB", (g, Image.new("L", g.size), Image.new("L", g.size))),
+    ),
+    "16 bit": ("png", lambda g: deep(g, 0, 65535)),
+    "16 bit, 12 used": ("tif", lambda g: deep(g, 0, 4095)),
+    "16 bit negative": ("tif", lambda g: deep(g, 60000, 1000)),
+    "32 bit": ("tif", lambda g: Image.fromarray(np.asarray(g, np.int32) * 8_000_000)),
+    "float": ("tif", lambda g: Image.fromarray(np.asarray(g, np.float32) / 255)),
+    "float, NaN": (
+        "tif",
+        lambda g: Image.fromarray(np.where(np.eye(64) > 0, np.nan, g / np.float32(9))),
+    ),
+    "jpeg": ("jpg", lambda g: g.convert("RGB")),
+    "upper case": ("JPEG", lambda g: g),
+    "bmp": ("bmp", lambda g: g),
+    "dib": ("dib", lambda g: g),
+    "gif": ("gif", lambda g: g),
+    "tiff": ("tiff", lambda g: g),
+    "webp": ("webp", lambda g: g),
+    "avif": ("avif", lambda g: g),
+    "jpeg 2000": ("jp2", lambda g: g),
+    "pgm": ("pgm", lambda g: g),
+    "pbm": ("pbm", lambda g: g.convert("1")),
+    "pfm": ("pfm", lambda g: Image.fromarray(np.asarray(g, np.float32))),
+    "sgi": ("sgi", lambda g: g),
+    "qoi": ("qoi", lambda g: g.convert("RGB")),
+    "pcx": ("pcx", lambda g: g),
+    "ico": ("ico", lambda g: g),
+    "tga": ("tga", lambda g: g.convert("RGB")),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_format_and_polarity_gives_the_same_character(mode: str, tmp_path: Path) -> None:
+    suffix, convert = MODES[mode]
+    glyph().save(tmp_path / "plain.png")
+    path = tmp_path / f"picture.{suffix}"
+    form = {"jpg": "JPEG", "JPEG": "JPEG", "tif": "TIFF", "pfm": "PPM"}.get(suffix)
+    convert(glyph()).save(path, form)
+    assert likeness(fitted(path), fitted(tmp_path / "plain.png")) > 0.93
+
+
+@pytest.mark.parametrize("side", [12, 20, 28, 100, 191, 193, 500, 2000])
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_any_size_gives_the_same_character(side: int, suffix: str, tmp_path: Path) -> None:
+    glyph(side=200).save(tmp_path / "plain.png")
+    glyph(side=side).save(tmp_path / f"sized.{suffix}", quality=95)
+    same = likeness(fitted(tmp_path / f"sized.{suffix}"), fitted(tmp_path / "plain.png"))
+    assert same > (0.9 if side > 20 else 0.7)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+def test_orientation_flags_are_obeyed(suffix: str, tmp_path: Path) -> None:
+    upright = glyph(side=80).crop((10, 0, 70, 80))
+    upright.save(tmp_path / "upright.png")
+    t = Image.Transpose
+    stored_as = {2: t.FLIP_LEFT_RIGHT, 3: t.ROTATE_180, 4: t.FLIP_TOP_BOTTOM, 5: t.TRANSPOSE}
+    stored_as |= {6: t.ROTATE_90, 7: t.TRANSVERSE, 8: t.ROTATE_270}
+    for flag, turn in stored_as.items():
+        exif = Image.Exif()
+        exif[274] = flag
+        stored = upright.transpose(turn)
+        stored.save(tmp_path / f"flag.{suffix}", exif=exif)
+        assert (
+            likeness(fitted(tmp_path / f"flag.{suffix}"), fitted(tmp_path / "upright.png")) > 0.93
+        )
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tiff"])
+def test_of_many_frames_the_first_counts(suffix: str, tmp_path: Path) -> None:
+    glyph("F").save(tmp_path / "plain.png")
+    others = [glyph(character) for character in "XYZ" * 5]
+    glyph("F").save(tmp_path / f"many.{suffix}", save_all=True, append_images=others, loop=0)
+    assert likeness(fitted(tmp_path / f"many.{suffix}"), fitted(tmp_path / "plain.png")) > 0.93
+
+
+def test_no_ink_is_no_character(run, tmp_path: Path) -> None:
+    for i, (size, level) in enumerate([((1, 1), 0), ((9, 9), 255), ((300, 200), 128)]):
+        Image.new("L", size, level).save(tmp_path / f"{i}.png")
+    Image.new("RGBA", (40, 40), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    code, out, err = run("--input", tmp_path)
+    assert (code, out) == (1, b"")
+    assert err.count("blank: no ink found") == 4
+    assert "4 pictures: 4 blank" in err
+
+
+# What it finds
+
+
+@given(
+    st.lists(
+        st.lists(st.sampled_from(["a", "b", "a.b", "a-b", "B", "a b"]), max_size=3), max_size=9
+    )
+)
+def test_the_order_is_that_of_sorted_paths(tmp_path_factory: pytest.TempPathFactory, tree) -> None:
+    top = tmp_path_factory.mktemp("tree")
+    for i, parts in enumerate(tree):
+        place = top.joinpath(*parts)
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{i}.png").touch()
+        (place / f"a{i}.PNG").touch()
+    found = [path for path, _ in inference.find([str(top)], Counter())]
+    assert found == [path.as_posix() for path in sorted(top.rglob("*.[pP][nN][gG]"))]
+
+
+def test_inputs_come_in_the_order_given_and_paths_as_pathlib_writes_them(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("b/2.png", "a/1.png", "noted.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        glyph().save(tmp_path / name, "PNG")
+    code, out, _ = run("--input", "./b/", "noted.txt", ".", "--format", "json")
+    paths = [json.loads(line)["path"] for line in out.splitlines()]
+    assert code == 0
+    assert paths == ["b/2.png", "noted.txt", "a/1.png", "b/2.png"]
+
+
+def test_links_to_folders_are_not_followed_and_deep_folders_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    depth = 1100  # beyond Python's stack
+    for _ in range(depth):
+        os.mkdir("d")
+        os.chdir("d")
+    Path("deep.png").touch()
+    (tmp_path / "loop").symlink_to(tmp_path)
+    (tmp_path / "loop.png").symlink_to(tmp_path)
+    passed_over: Counter[str] = Counter()
+    found = list(inference.find([str(tmp_path)], passed_over))
+    subprocess.run(["rm", "-r", tmp_path / "d"], check=True)  # pytest's own removal recurses
+    assert found == [(f"{tmp_path}/{'d/' * depth}deep.png", "")]
+    assert passed_over == {"links to folders": 2}
+
+
+# What it writes
+
+
+def test_ascii_lines_are_the_origins_one_for_each_picture(run, folder: Path) -> None:
+    code, out, err = run("--input", folder)
+    lines = out.decode().splitlines()
+    assert code == 1
+    assert len(lines) == 144 + len(HOSTILE)
+    assert all(re.fullmatch(r"\d{3}, /[^\x00-\x1f\x7f]+\.(png|PNG)", line) for line in lines)
+    assert {chr(int(line[:3])) for line in lines} <= set(CNN.ALPHABET)
+    assert any(line.endswith(r"/new\nline.png") for line in lines)
+    assert any(line.endswith(r"/not utf-8 \xff\xfe.png") for line in lines)
+    assert any(line.endswith('/comma, and "quote".png') for line in lines)
+    assert "blank.png: blank" in err
+    assert "wreck.jpg: " in err
+    assert (
+        f"{146 + len(HOSTILE)} pictures: {144 + len(HOSTILE)} answered, 1 blank, 1 unreadable"
+        in err
+    )
+    assert "1 other files passed over" in err
+
+
+def test_csv_and_json_carry_every_path_to_the_byte(run, folder: Path) -> None:
+    _, lines, _ = run("--input", folder)
+    _, table, table_err = run("--input", folder, "--format", "csv", "--topk", 36)
+    _, objects, _ = run("--input", folder, "--format", "json", "--topk", 36)
+    of_csv, of_json = rows(table), [json.loads(line) for line in objects.splitlines()]
+    on_disk = {os.fsencode(path) for path in folder.rglob("*") if path.is_file()}
+    on_disk.remove(os.fsencode(folder / "notes.txt"))
+    for found in (of_csv, of_json):
+        assert sorted(os.fsencode(row["path"]) for row in found) == sorted(on_disk)
+    for row, entry in zip(of_csv, of_json, strict=True):
+        assert row["path"] == entry["path"]
+        assert row["character"] == (entry["character"] or "")
+        assert row["error"] == (entry["error"] or "")
+        others = dict(pair.split(":") for pair in row["alternatives"].split())
+        assert {c: float(p) for c, p in others.items()} == entry["alternatives"]
+        if entry["character"]:
+            p = [entry["confidence"], *entry["alternatives"].values()]
+            assert p == sorted(p, reverse=True)
+            assert sum(p) == pytest.approx(1, abs=0.003)
+            assert len(p) == 36
+        else:
+            assert entry["confidence"] is None
+    answers = [f"{ord(row['character']):03d}".encode() for row in of_csv if row["character"]]
+    assert answers == [line[:3] for line in lines.splitlines()]
+    assert "blank" not in table_err.replace("1 blank", "")
+
+
+def test_the_same_answers_for_any_batch_size_and_number_of_workers(run, folder: Path) -> None:
+    outputs = {
+        run("--input", folder, "--format", "csv", "--batch-size", size, "--workers", workers)[1]
+        for size, workers in ((7, 1), (64, 3), (100, 2), (1000, 1))
+    }
+    assert len(outputs) == 1
+
+
+def test_answers_are_those_of_the_net_alone(run, folder: Path, weights: Path) -> None:
+    """By another route: the plain net in float32, one picture at a time."""
+    _, out, _ = run("--input", folder, "--format", "json")
+    net = CNN.load(weights)
+    same = 0
+    entries = [entry for entry in map(json.loads, out.splitlines()) if entry["character"]]
+    for entry in entries:
+        image = torch.from_numpy(fitted(Path(entry["path"]))).view(1, 1, 28, 28) / 255
+        with torch.inference_mode():
+            p = (net(image) / net.temperature).softmax(1)[0]
+        assert p[CNN.ALPHABET.index(entry["character"])] == pytest.approx(
+            entry["confidence"], abs=0.06
+        )
+        same += CNN.ALPHABET[p.argmax()] == entry["character"]
+    assert same >= 0.97 * len(entries)  # bfloat16 may turn what is nearly even
+
+
+def test_an_alphabet_restricts_and_renormalises(run, folder: Path) -> None:
+    _, out, _ = run("--input", folder, "--format", "json", "--topk", 36)
+    _, few, _ = run("--input", folder, "--format", "json", "--topk", 36, "--alphabet", "0-3x")
+    for line, small in zip(out.splitlines(), few.splitlines(), strict=True):
+        line, small = json.loads(line), json.loads(small)
+        if not line["character"]:
+            continue
+        everything = {line["character"]: line["confidence"]} | line["alternatives"]
+        allowed = {small["character"]: small["confidence"]} | small["alternatives"]
+        assert set(allowed) == set("0123X")
+        total = sum(everything[c] for c in "0123X")
+        if total > 0.05:  # of figures rounded to 4 places
+            for c in "0123X":
+                assert allowed[c] == pytest.approx(everything[c] / total, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("text", "characters"),
+    [
+        ("0-9", "0123456789"),
+        ("A-Z", CNN.ALPHABET[10:]),
+        ("a-c9", "9ABC"),
+        ("8-B", "89AB"),
+        ("zZz", "Z"),
+        ("ABCDEFGHJKLMNPRSTUVWXYZ0123456789", CNN.ALPHABET.translate(str.maketrans("", "", "IOQ"))),
+    ],
+)
+def test_alphabets(text: str, characters: str) -> None:
+    assert inference.parse_alphabet(text, CNN.ALPHABET) == characters
+
+
+def test_doubtful_answers_are_none_and_marked_in_each_format(run, folder: Path) -> None:
+    _, out, _ = run("--input", folder, "--format", "json")
+    confidence = {e["path"]: e["confidence"] for e in map(json.loads, out.splitlines())}
+    sure = sorted(p for p in confidence.values() if p)
+    limit = sure[len(sure) // 2]
+    flags = ("--input", folder, "--min-confidence", limit)
+    _, out, err = run(*flags, "--format", "json")
+    doubtful = 0
+    for entry in map(json.loads, out.splitlines()):
+        if confidence[entry["path"]] is not None and entry["character"] is None:
+            doubtful += 1
+            assert entry["confidence"] <= limit
+            assert len(entry["alternatives"]) == 3
+            assert "--min-confidence" in entry["error"]
+    assert 0.3 * len(sure) < doubtful < 0.7 * len(sure)
+    assert f"{doubtful} doubtful" in err
+    code, out, _ = run(*flags)
+    assert code == 1
+    assert out.count(b"---, ") == doubtful
+    table = rows(run(*flags, "--format", "csv")[1])
+    assert (
+        sum("--min-confidence" in row["error"] and not row["character"] for row in table)
+        == doubtful
+    )
+
+
+@pytest.mark.parametrize(("alphabet", "pair"), [("O0", "0O"), ("1L", "1L"), ("0A", None)])
+def test_lookalikes_are_named_where_the_two_best_are_a_pair(
+    run, folder: Path, alphabet: str, pair: str | None
+) -> None:
+    flags = ("--input", folder / "part0", "--alphabet", alphabet, "--topk", 1)
+    entries = list(map(json.loads, run(*flags, "--format", "json")[1].splitlines()))
+    assert {entry["lookalike"] for entry in entries} == {pair}
+    assert {row["lookalike"] for row in rows(run(*flags, "--format", "csv")[1])} == {pair or ""}
+
+
+def test_topk_is_said_to_have_no_effect_on_ascii(run, folder: Path) -> None:
+    _, out, err = run("--input", folder / "part0", "--topk", 5)
+    assert out == run("--input", folder / "part0")[1]
+    assert "--topk shows in --format csv and json" in err
+
+
+# How it ends
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--alphabet", "0-9?"], "'?'"),
+        (["--alphabet", "9-0"], "9-0"),
+        (["--alphabet", ""], "empty"),
+        (["--alphabet", "ß"], "ß"),
+        (["--model", "missing.pt"], "missing.pt"),
+        (["--model", "."], "folder"),
+        (["--model", __file__], "not a weights file"),
+        (["--device", "cuda:77"], "cuda:77"),
+        (["--device", "abacus"], "abacus"),
+        (["--batch-size", "0"], "--batch-size"),
+        (["--topk", "none"], "--topk"),
+        (["--min-confidence", "1.5"], "--min-confidence"),
+        (["--min-confidence", "nan"], "--min-confidence"),
+        (["--timeout", "-1"], "--timeout"),
+        (["--format", "xml"], "xml"),
+        (["--resume"], "--output"),
+        (["--output", "/dev/null"], "not a regular file"),
+        (["--output", "missing/out.csv"], "folder is missing"),
+        (["--report", "."], "not a regular file"),
+        (["--nonsense"], "--nonsense"),
+        (["--input", "missing\x1b[2J"], r"missing\x1b[2J: no such"),
+    ],
+)
+def test_wrong_usage_is_one_clear_message_and_2_with_nothing_written(
+    run,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run("--input", folder, *flags)
+    assert code == 2
+    assert out == b""
+    assert message in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_0_when_all_are_answered(run, folder: Path, tmp_path: Path) -> None:
+    assert run("--input", folder / "part1")[0] == 0
+    assert run("--input", tmp_path)[0] == 0  # none found: said, but nothing went wrong
+    assert "none found" in run("--input", tmp_path)[2]
+
+
+COUNT = 4000
+
+
+def command(weights: Path, *arguments: object) -> list[str]:
+    return [
+        sys.executable,
+        str(ROOT / "inference.py"),
+        "--model",
+        str(weights),
+        *map(str, arguments),
+    ]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_it_and_resume_goes_on(
+    run, weights: Path, folder: Path, tmp_path: Path, number: int, code: int
+) -> None:
+    many = tmp_path / "many"  # enough for a second, however fast
+    many.mkdir()
+    for i in range(COUNT):
+        os.link(folder / "part0" / "deep" / "003_3.png", many / f"{i:05d}.png")
+    output = tmp_path / "out.json"
+    flags = ("--input", many, "--format", "json", "--output", output)
+    process = subprocess.Popen(command(weights, *flags), stderr=subprocess.PIPE, text=True)
+    part = tmp_path / "out.json.partial"
+    while not (part.exists() and part.stat().st_size > 1000):
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == code
+    assert "--resume" in err
+    assert "Traceback" not in err
+    assert not output.exists()
+    answered = part.read_bytes().splitlines()
+    assert 0 < len(answered) < COUNT
+    code, _, err = run(*flags, "--resume")
+    assert code == 0
+    assert f"{len(answered):,} pictures are in {part} already" in err
+    entries = list(map(json.loads, output.read_bytes().splitlines()))
+    assert [entry["path"] for entry in entries] == sorted(map(str, many.iterdir()))
+    assert len({entry["character"] for entry in entries}) == 1
+    assert not part.exists()
+
+
+def test_a_reader_that_leaves_ends_it_quietly(weights: Path, folder: Path) -> None:
+    line = " ".join(command(weights, "--input", f"'{folder}'", "--batch-size", 1)) + " | head -n 1"
+    end = subprocess.run(["bash", "-o", "pipefail", "-c", line], capture_output=True, text=True)
+    assert end.stdout.count("\n") == 1
+    assert "Traceback" not in end.stderr
+    assert "rror" not in end.stderr
+
+
+# Going on
+
+
+@pytest.mark.parametrize("form", ["ascii", "csv", "json"])
+def test_resume_gives_the_file_of_a_run_that_was_not_cut(
+    run, folder: Path, tmp_path: Path, form: str
+) -> None:
+    whole, cut, part = (tmp_path / name for name in ("whole", "cut", "cut.partial"))
+    assert run("--input", folder, "--format", form, "--output", whole)[:2] == (1, b"")
+    content = whole.read_bytes()
+    random = np.random.default_rng(1)
+    lengths = [0, 30, len(inference.CSV_HEADER), len(content) - 1, len(content)]
+    for end in [*lengths, *random.integers(0, len(content), 4)]:
+        part.write_bytes(content[:end])
+        flags = ("--input", folder, "--format", form, "--output", cut, "--resume")
+        assert run(*flags)[:2] == (1, b"")
+        assert cut.read_bytes() == content, end
+        assert not part.exists()
+
+
+def test_resume_adds_to_a_complete_file_what_is_new(run, tmp_path: Path) -> None:
+    pictures, output = tmp_path / "pictures", tmp_path / "link.csv"
+    output.symlink_to(tmp_path / "out.csv")
+    pictures.mkdir()
+    flags = ("--input", pictures, "--format", "csv", "--output", output, "--resume")
+    for name in "ba":
+        glyph().save(pictures / f"{name}.png")
+        assert run(*flags)[0] == 0
+    written = rows((tmp_path / "out.csv").read_bytes())
+    assert [Path(row["path"]).name for row in written] == ["b.png", "a.png"]
+    assert output.is_symlink()
+
+
+@pytest.mark.parametrize(("form", "other"), [("csv", "json"), ("json", "ascii"), ("ascii", "csv")])
+def test_resume_refuses_a_file_of_another_form(
+    run, folder: Path, tmp_path: Path, form: str, other: str
+) -> None:
+    output = tmp_path / "out"
+    run("--input", folder, "--format", other, "--output", output)
+    content = output.read_bytes()
+    code, out, err = run("--input", folder, "--format", form, "--output", output, "--resume")
+    assert (code, out) == (2, b"")
+    assert f"no {form} row of this program" in err
+    assert output.read_bytes() == content
+
+
+def test_a_full_disk_is_one_line_and_keeps_what_was_written(weights: Path, folder: Path) -> None:
+    end = subprocess.run(
+        command(weights, "--input", folder),
+        stdout=open("/dev/full", "wb"),  # noqa: SIM115
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert end.returncode == 2
+    assert "No space left on device" in end.stderr.splitlines()[-1]
+    assert "Traceback" not in end.stderr
+
+
+# Several processes
+
+
+def torchrun(weights: Path, *arguments: object) -> list[str]:
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    return [*ranks, *command(weights, *arguments)[1:]]
+
+
+def test_two_ranks_write_what_one_process_writes(run, weights: Path, tmp_path: Path) -> None:
+    many = tmp_path / "many"
+    many.mkdir()
+    for i, name in enumerate(HOSTILE):
+        glyph("3AQ7"[i % 4], 30, seed=i).save(many / os.fsdecode(name), "PNG")
+    for i in range(3 * inference.ROUND):  # more than a round, not a whole number of them
+        os.link(many / os.fsdecode(HOSTILE[i % len(HOSTILE)]), many / f"{i}.png")
+    flags = ("--input", many, "--format", "csv")
+    end = subprocess.run(torchrun(weights, *flags), capture_output=True)
+    assert end.returncode == 0, end.stderr.decode()
+    assert end.stdout == run(*flags)[1]
+    assert end.stderr.count(b" pictures: ") == 1
+
+
+def test_a_lost_rank_fails_the_job_and_resume_finishes_it(
+    run, weights: Path, folder: Path, tmp_path: Path
+) -> None:
+    many = tmp_path / "many"
+    many.mkdir()
+    for i in range(5 * inference.ROUND):
+        os.link(folder / "part0" / "deep" / "003_3.png", many / f"{i:05d}.png")
+    output, part = tmp_path / "out.json", tmp_path / "out.json.partial"
+    flags = ("--input", many, "--format", "json", "--output", output)
+    job = subprocess.Popen(torchrun(weights, *flags), stderr=subprocess.PIPE, text=True)
+    while not (part.exists() and part.stat().st_size):
+        time.sleep(0.01)
+    os.kill(rank_process(job.pid, 1), signal.SIGKILL)
+    _, err = job.communicate(timeout=60)
+    assert job.returncode == 1
+    assert "--resume" in err
+    assert not output.exists()
+    assert run(*flags, "--resume")[0] == 0
+    paths = [json.loads(line)["path"] for line in output.read_bytes().splitlines()]
+    assert paths == sorted(map(str, many.iterdir()))
+
+
+def rank_process(parent: int, rank: int) -> int:
+    """Return the process of a rank among the children of torchrun."""
+    for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+            return int(child)
+    raise LookupError(rank)
