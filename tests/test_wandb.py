@@ -321,7 +321,7 @@ def test_offline_run_can_be_sent_as_its_one_line_says(trainings, server, tmp_pat
 
     sync = [sys.executable, "-m", "wandb", "sync", str(folder)]
     environ = os.environ | {"HOME": str(tmp_path)} | server.environ()
-    subprocess.run(sync, env=environ, check=True, capture_output=True, timeout=30)
+    subprocess.run(sync, cwd=tmp_path, env=environ, check=True, capture_output=True, timeout=30)
     assert_whole(server, outcome)
 
 
