@@ -1,0 +1,70 @@
+"""The pictures of tests/samples: what they cover, and that the shipped weights read them."""
+
+import string
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import strokes
+from PIL import Image
+
+import CNN
+
+SAMPLES = Path(__file__).parent / "samples"
+FILES = sorted(SAMPLES.iterdir())
+RIGHT, RIGHT_BUT_FOR_LOOKALIKES = 40, 42  # of 43; O and 0, among others, differ by context alone
+
+
+def test_samples_show_every_character_in_every_guise() -> None:
+    assert {path.name[0] for path in FILES} == set(CNN.ALPHABET)
+    assert len(FILES) >= 40
+    assert sum(path.stat().st_size for path in FILES) < 600_000
+    sizes, modes, formats = set(), set(), set()
+    for path in FILES:
+        with Image.open(path) as picture:
+            sizes |= set(picture.size)
+            modes.add(picture.mode)
+            formats.add(picture.format)
+    assert (min(sizes), max(sizes)) == (12, 2000)
+    assert modes >= {"1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "F"}
+    assert formats >= {"PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM"}
+
+
+def test_samples_are_what_strokes_draws(tmp_path: Path) -> None:
+    strokes.write_samples(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [path.name for path in FILES]
+    for path in FILES:
+        with Image.open(path) as kept, Image.open(tmp_path / path.name) as drawn:
+            assert (kept.mode, kept.size) == (drawn.mode, drawn.size)
+            difference = _grey(kept) - _grey(drawn)
+        # encoders and resampling may change a little from one Pillow to the next
+        assert np.abs(difference).mean() < 2, path.name
+
+
+def _grey(picture: Image.Image) -> np.ndarray:
+    """Return a picture as float64, white 255, whatever its mode."""
+    white = {"I;16": 65535, "F": 1.0}.get(picture.mode)
+    if white is None:
+        picture, white = picture.convert("RGBA"), 255
+    return np.asarray(picture, np.float64) * (255 / white)
+
+
+def test_shipped_weights_read_the_samples(root: Path) -> None:
+    model = root / "model.pt"
+    if not model.exists():
+        pytest.skip("model.pt is not there yet")
+    command = [sys.executable, "inference.py", "--input", "tests/samples"]
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    lines = [line.split(", ", 1) for line in run.stdout.splitlines()]
+    assert [path for _, path in lines] == [f"tests/samples/{path.name}" for path in FILES]
+
+    answers = {Path(path).name: chr(int(code)) for code, path in lines}
+    assert set(answers.values()) <= set(string.digits + string.ascii_uppercase)
+    wrong = {name: answer for name, answer in answers.items() if name[0] != answer}
+    pairs = {frozenset(pair) for pair in CNN.load(model).lookalikes}
+    unlike = {n: answer for n, answer in wrong.items() if frozenset(n[0] + answer) not in pairs}
+    assert len(FILES) - len(wrong) >= RIGHT, wrong
+    assert len(FILES) - len(unlike) >= RIGHT_BUT_FOR_LOOKALIKES, unlike
