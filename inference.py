@@ -25,6 +25,7 @@ import shutil
 import signal
 import stat
 import sys
+import tempfile
 import time
 import warnings
 from collections import Counter, deque
@@ -261,13 +262,12 @@ def work(connection: Connection, thumbnails: bool) -> None:
 
 def _limit_memory() -> None:
     """Make a picture that would eat the memory a MemoryError, where the system can."""
-    try:
+    with suppress(ImportError, OSError, ValueError):  # Windows has no limits, macOS not this one
         import resource
-    except ImportError:  # not on Windows
-        return
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = WORKER_BYTES if hard == resource.RLIM_INFINITY else min(hard, WORKER_BYTES)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        limit = WORKER_BYTES if hard == resource.RLIM_INFINITY else min(hard, WORKER_BYTES)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
 def _prepare(
@@ -307,14 +307,23 @@ def _reason(error: Exception) -> str:
     return "can't be read: " + escaped(text)[:200]
 
 
+@cache
+def _context() -> multiprocessing.context.BaseContext:
+    """Return the quickest way to start processes that doesn't copy this one, threads and all."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's, in each of the processes
+    with suppress(ValueError, FileNotFoundError):  # Windows; a system with no writable folder
+        context = multiprocessing.get_context("forkserver")
+        tempfile.gettempdir()  # where the server has its socket
+        context.set_forkserver_preload(["numpy", "PIL.Image", "PIL.ImageOps"])
+        return context
+    return multiprocessing.get_context("spawn")
+
+
 class Worker:
     """A process that decodes pictures, so that what a file does to its decoder ends with it."""
 
     def __init__(self, thumbnails: bool) -> None:
-        methods = multiprocessing.get_all_start_methods()
-        context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-        if "forkserver" in methods:  # imports these once, then forks in milliseconds
-            context.set_forkserver_preload(["numpy", "PIL.Image", "PIL.ImageOps"])
+        context = _context()
         self.connection, far_end = context.Pipe()
         self.process = context.Process(target=work, args=(far_end, thumbnails), daemon=True)
         self.process.start()
@@ -684,6 +693,9 @@ class Output:
             self.partial.replace(self.partial.with_suffix(""))
 
 
+THUMBNAIL_SIDE = 96  # px
+
+
 def thumbnail(picture: Image.Image) -> str:
     """Return a picture that `load` returned as a data URI, small enough for a page of thousands."""
     if picture.mode in ("I", "F"):
@@ -708,9 +720,7 @@ class Report:
     def write(self, results: list[Result]) -> None:
         """Add results, as JSON that can't end the script element that it stands in."""
         for result in results if self.partial else ():
-            ink, view = (
-                (result.picture.ink, result.picture.thumbnail) if result.picture else (b"", "")
-            )
+            _, ink, _, view = result.picture or Picture(result.path, b"", "")
             row = [escaped(result.path), *result[1:6], base64.b64encode(ink).decode(), view]
             text = json.dumps(row).replace("<", "\\u003c")
             self.stream.write((",\n" if self.rows else "") + text)
@@ -763,9 +773,6 @@ class Talk:
         self.say(f"{total:,} pictures: {', '.join(parts) or 'none found'} ({rate})")
 
 
-THUMBNAIL_SIDE = 96  # px
-
-
 ROUND = 1024  # pictures that a rank is dealt at a time under torchrun
 
 
@@ -775,7 +782,6 @@ class Ranks:
     def __init__(self) -> None:
         self.rank = int(os.environ.get("RANK", "0"))
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
-        self.beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine
 
     def answers(
         self,
@@ -792,25 +798,29 @@ class Ranks:
             return
         from torch import distributed
 
-        distributed.init_process_group("gloo", timeout=timedelta(days=1))
-        try:
-            last = False
-            while not last:
-                shares, dealt = None, [None]
-                if self.rank == 0:
-                    blocks = [list(islice(listing, ROUND)) for _ in range(self.count)]
-                    shares = [(block, len(blocks[-1]) < ROUND) for block in blocks]
-                distributed.scatter_object_list(dealt, shares)
-                block, last = dealt[0]
-                own = [result for results in classified(iter(block)) for result in results]
-                gathered: list | None = [None] * self.count if self.rank == 0 else None
-                distributed.gather_object(own, gathered)
-                yield from gathered or ()
-        except RuntimeError as error:
-            reason = re.sub(r"^\[.*?\] ", "", str(error).splitlines()[0])[:80]  # less a source line
-            raise ConnectionError(f"another process of this torchrun is lost ({reason})") from None
-        finally:
-            distributed.destroy_process_group()
+        _together(distributed.init_process_group, "gloo", timeout=timedelta(days=1))
+        last = False
+        while not last:
+            shares, dealt = None, [None]
+            if self.rank == 0:
+                blocks = [list(islice(listing, ROUND)) for _ in range(self.count)]
+                shares = [(block, len(blocks[-1]) < ROUND) for block in blocks]
+            _together(distributed.scatter_object_list, dealt, shares)
+            block, last = dealt[0]
+            own = [result for results in classified(iter(block)) for result in results]
+            gathered: list | None = [None] * self.count if self.rank == 0 else None
+            _together(distributed.gather_object, own, gathered)
+            yield from gathered or ()
+        distributed.destroy_process_group()
+
+
+def _together(function: Callable, *arguments: object, **settings: object) -> None:
+    """Call what all ranks have to call. Raises ConnectionError when one of them is lost."""
+    try:
+        function(*arguments, **settings)
+    except RuntimeError as error:
+        reason = re.sub(r"^\[.*?\] ", "", str(error).splitlines()[0])[:80]  # less a source line
+        raise ConnectionError(f"another process of this torchrun is lost ({reason})") from None
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -819,38 +829,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     share = max(1, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add, count = parser.add_argument, number(int, 1, 1_000_000)
+    probability, seconds = number(float, 0, 1), number(float, 0.1, 1_000_000)
     model = Path(__file__).with_name("model.pt")
     add("--input", nargs="+", required=True, metavar="PATH", help="folders, pictures, or both")
     add("--model", type=Path, default=model, metavar="FILE", help="weights [model.pt beside this]")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... [cuda where there is one, or cpu]")
     add("--alphabet", default="0-9A-Z", metavar="CHARS", help="what can be answered [%(default)s]")
-    add(
-        "--min-confidence",
-        type=number(float, 0, 1),
-        default=0,
-        metavar="P",
-        help="below: no answer",
-    )
+    add("--min-confidence", type=probability, default=0, metavar="P", help="below: no answer")
     add("--topk", type=count, default=3, metavar="K", help="characters in csv, json [%(default)s]")
     add("--format", choices=LINES, default="ascii", help="of the results [%(default)s]")
     add("--output", type=Path, metavar="FILE", help="where results go instead of stdout")
     add("--resume", action="store_true", help="go on where a run with this --output was cut short")
     add("--report", type=Path, metavar="FILE", help="a page for going through the pictures by eye")
     add("--batch-size", type=count, default=128, metavar="N", help="of the net [%(default)s]")
-    add(
-        "--workers",
-        type=count,
-        default=share,
-        metavar="N",
-        help="reading [one per core: %(default)s]",
-    )
-    add(
-        "--timeout",
-        type=number(float, 0.1, 1e6),
-        default=30,
-        metavar="S",
-        help="per picture [%(default)s s]",
-    )
+    add("--workers", type=count, default=share, metavar="N", help="to read [%(default)s, cores]")
+    add("--timeout", type=seconds, default=30, metavar="S", help="per picture [%(default)s s]")
     args = parser.parse_args(arguments)
     if args.resume and not args.output:
         parser.error("--resume needs the --output of the run that was cut short")
@@ -880,11 +873,9 @@ def run(args: argparse.Namespace) -> int:
         if file:
             partial(file, flag)  # before anything is begun
     with ThreadPoolExecutor(1) as beside, ExitStack() as stack:
-        pool = beside.submit(
-            Pool, args.workers, args.timeout, bool(args.report)
-        )  # while torch is being imported
+        pool = beside.submit(Pool, args.workers, args.timeout, bool(args.report))
         stack.callback(lambda: pool.result().close())
-        net = load_net(args.model, args.device)
+        net = load_net(args.model, args.device)  # torch is imported while the pool starts
         classifier = Classifier(net, args.alphabet, args.topk, args.min_confidence)
         return answer_all(args, pool.result(), classifier, Ranks())
 
@@ -944,21 +935,17 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return run(args)
     except Halt as reason:
-        print(f"inference.py: {reason}", file=sys.stderr)
-        return 2
+        message, code = f"{reason}", 2
     except KeyboardInterrupt as stop:
-        number = stop.args[0] if stop.args else signal.SIGINT
-        print(
-            f"inference.py: stopped by {signal.Signals(number).name}" + _how_to_go_on(args),
-            file=sys.stderr,
-        )
-        return 128 + number
+        code = 128 + (stop.args[0] if stop.args else signal.SIGINT)
+        message = f"stopped by {signal.Signals(code - 128).name}" + _how_to_go_on(args)
     except BrokenPipeError:  # whoever read stdout has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:  # a full disk, a lost rank
-        print(f"inference.py: {error}" + _how_to_go_on(args), file=sys.stderr)
-        return 2
+    except (OSError, RuntimeError) as error:  # a full disk, a lost rank, a GPU without memory
+        message, code = str(error).partition("\n")[0] + _how_to_go_on(args), 2
+    print(f"inference.py: {message}", file=sys.stderr)
+    return code
 
 
 def _stop(number: int, frame: object) -> None:
