@@ -60,7 +60,7 @@ class Net(nn.Module):
     arch: a name in ARCHITECTURES. xavier: Glorot & Bengio's uniform initialisation (2010) of every
     convolution and linear layer; otherwise torch's own. What the weights file knows beside weights
     hangs on the net: `temperature` (logits are divided by it to get calibrated probabilities),
-    `lookalikes` (pairs of characters that nobody can tell apart alone), `figures` (what it
+    `lookalikes` (groups of characters that nobody can tell apart alone), `figures` (what it
     reached). The names layer1, layer2, fc1, fc2 are the origin's, so that its weights fit.
     """
 
@@ -245,17 +245,17 @@ def _described_net(content: dict) -> Net:
     for key, kind in kinds.items():
         if not isinstance(content.get(key), kind):
             raise ValueError(f"{key} is {content.get(key)!r:.60}, expected a {kind.__name__}")
-    alphabet, pairs = content["alphabet"], content["lookalikes"]
+    alphabet, groups = content["alphabet"], content["lookalikes"]
     if not alphabet or not set(alphabet) <= set(ALPHABET) or len(set(alphabet)) < len(alphabet):
         raise ValueError(f"alphabet {alphabet!r:.60}: expected distinct characters of {ALPHABET}")
-    if not all(isinstance(p, str) and len(p) == 2 and set(p) <= set(alphabet) for p in pairs):
-        raise ValueError("lookalikes: expected a list of pairs of the alphabet's characters")
+    if not all(isinstance(g, str) and len(g) > 1 and set(g) <= set(alphabet) for g in groups):
+        raise ValueError("lookalikes: expected a list of groups of the alphabet's characters")
     for key in ("mean", "std", "temperature"):
         if not math.isfinite(content[key]) or (key != "mean" and content[key] <= 0):
             raise ValueError(f"{key} is {content[key]}, expected a finite number above 0")
     keys = ("arch", "alphabet", "mean", "std")
     net = Net(**{key: content[key] for key in keys})
-    net.temperature, net.lookalikes = content["temperature"], pairs
+    net.temperature, net.lookalikes = content["temperature"], groups
     net.figures = content["figures"]
     return net
 
