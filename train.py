@@ -531,20 +531,26 @@ def read_emnist(root: Path, train: bool) -> Split:
     return Split(images, labels)
 
 
-def cut_validation(split: Split) -> tuple[Split, Split]:
-    """Split train into train and validation by a hash of the pixels.
+def held_out(images: Tensor) -> Tensor:
+    """Say which pictures (N, 28, 28) uint8 are for validation: (N,) bool, some 5 %.
 
-    Copies of a picture (the sample of EMNIST repeats some) so end on the same side, whatever their
-    order. The hash is a sum of the picture's 98 words times fixed random odd numbers, modulo 2^64.
+    A hash of the pixels decides, so that copies of a picture (the sample of EMNIST repeats some)
+    end on the same side, whatever their order. It is the sum of the picture's 98 words of 8 bytes
+    times fixed random odd numbers, modulo 2^64.
     """
-    words = split.images.flatten(1).contiguous().view(torch.int64)  # (N, 98)
+    words = images.flatten(1).contiguous().view(torch.int64)  # (N, 98)
     generator = torch.Generator().manual_seed(20170217)  # any constant: the cut must never change
     factors = torch.randint(2**62, (words.shape[1],), generator=generator) * 2 + 1
     mixed = sum(words[:, i] * factors[i] for i in range(words.shape[1]))
-    held_out = (mixed >> 32) % VALIDATION_ONE_IN == 0
+    return (mixed >> 32) % VALIDATION_ONE_IN == 0
+
+
+def cut_validation(split: Split) -> tuple[Split, Split]:
+    """Split train into train and validation."""
+    held = held_out(split.images)
     return (
-        Split(split.images[~held_out], split.labels[~held_out]),
-        Split(split.images[held_out], split.labels[held_out]),
+        Split(split.images[~held], split.labels[~held]),
+        Split(split.images[held], split.labels[held]),
     )
 
 
