@@ -3,11 +3,11 @@
     python3 tests/benchmarks/inference_speed.py                     # small photos startup
     python3 tests/benchmarks/inference_speed.py many                # 200,000 files
 
-The pictures are drawn by tests/strokes.py. Baseline: the origin's way, one picture at a time, opened,
-resized, classified by its net (run8, float32) and printed, on as many threads as torch likes. Limit:
-Pillow's decoding alone in as many processes as there are cores. Ours: the whole command, less the
-time it takes for one picture. Baseline, limit and ours are timed in turn, --rounds times; a ratio is
-the median of the rounds'.
+The pictures are drawn by tests/strokes.py. Baseline: the origin's way, one picture at a time,
+opened, resized, classified by its net (run8, float32) and printed, on as many threads as torch
+likes. Limit: Pillow's decoding alone in as many processes as there are cores. Ours: the whole
+command, less the time it takes for one picture. The three are timed in turn, --rounds times; a
+ratio is the median of the rounds'.
 """
 
 import argparse
@@ -36,7 +36,7 @@ DISTINCT = {"small": 360, "photos": 36}  # drawings; the files are copies of the
 
 
 def draw(folder: Path, kind: str, count: int) -> list[Path]:
-    """Write `count` pictures: PNGs of 28×28 as EMNIST's, or JPEGs of 800×600 as a phone's."""
+    """Write `count` pictures: PNGs of 28x28 as EMNIST's, or JPEGs of 800x600 as a phone's."""
     folder.mkdir(parents=True)
     files, drawn = [], []
     for i in range(min(count, DISTINCT[kind])):
@@ -56,7 +56,7 @@ def draw(folder: Path, kind: str, count: int) -> list[Path]:
 
 
 def photo(character: str, writer: strokes.Hand, seed: int) -> Image.Image:
-    """Draw a character on 800×600 of unevenly lit, grained paper."""
+    """Draw a character on 800x600 of unevenly lit, grained paper."""
     rng = np.random.default_rng(seed)
     ink = strokes.ink(character, writer, (800, 600))[..., None]
     light = np.linspace(1, rng.uniform(0.6, 0.9), 800)[None, :, None]
@@ -120,7 +120,7 @@ def compare(kind: str, count: int, rounds: int) -> None:
     ratios = [o / b for o, b in zip(rates["ours"], rates["baseline"], strict=True)]
     print(
         f"{kind:<8}{count:>8,}{middle['baseline']:>12,.0f}{middle['limit']:>12,.0f}"
-        f"{middle['ours']:>12,.0f}{statistics.median(ratios):>8.1f}×",
+        f"{middle['ours']:>12,.0f}{statistics.median(ratios):>8.1f}x",
         flush=True,
     )
 
@@ -133,7 +133,7 @@ def startup(rounds: int) -> None:
         first = seconds(subprocess.run, bare)
         ratios.append(seconds(ours, next((ROOT / "tests/samples").iterdir())) / first)
     print(
-        f"one picture: {statistics.median(ratios):.2f} × import torch ({first:.2f} s)", flush=True
+        f"one picture: {statistics.median(ratios):.2f} x import torch ({first:.2f} s)", flush=True
     )
 
 
@@ -176,8 +176,8 @@ def many(count: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", nargs="*", help="of small, photos, startup, many")
-    parser.add_argument("--small", type=int, default=20_000, help="PNGs of 28×28")
-    parser.add_argument("--photos", type=int, default=5_000, help="JPEGs of 800×600")
+    parser.add_argument("--small", type=int, default=20_000, help="PNGs of 28x28")
+    parser.add_argument("--photos", type=int, default=5_000, help="JPEGs of 800x600")
     parser.add_argument("--many", type=int, default=200_000, help="hard links")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
