@@ -8,8 +8,10 @@ each other; whatever they have to agree on stands here once.
 """
 
 import copy
+import io
 import math
 import os
+import pickletools
 import tempfile
 import zipfile
 from collections import OrderedDict
@@ -27,6 +29,15 @@ MEAN, STD = 0.1736, 0.3317  # of EMNIST's pixels in [0, 1], digits and letters t
 DROPOUT = 0.28  # the origin's
 ORIGIN = {"mean": 0.1307, "std": 0.3081}  # the origin normalised as for MNIST
 MAX_FILE_BYTES = 256 * 2**20  # far above any weights of ours; a larger file is not read
+MAX_PICKLE_BYTES = 32 * 2**10  # of what lists the tensors; ours has 4 KiB
+MAX_DEPTH = 4  # of dicts and lists in the figures
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+NAMED_IN_PICKLES = {  # all that a file of weights asks Python for
+    "collections OrderedDict",
+    "torch._utils _rebuild_parameter",
+    "torch._utils _rebuild_tensor_v2",
+    *(f"torch {kind}Storage" for kind in ("Double", "Float", "Half", "BFloat16", "Long")),
+}
 
 
 @dataclass(frozen=True)
@@ -154,11 +165,12 @@ def mixed_precision(device: torch.device) -> torch.dtype:
 
 def write_atomically(payload: object, path: Path) -> None:
     """Save `payload` with torch.save so that `path` holds the old file or the new one, whole."""
-    path = Path(path)
+    path, buffer = Path(path), io.BytesIO()
+    torch.save(payload, buffer)  # torch reports a full disk as OSError or not, as it happens
     handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
-            torch.save(payload, file)
+            file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.chmod(part, 0o666 & ~_umask())  # mkstemp's 0600 is not what a user expects of a file
@@ -179,9 +191,9 @@ def save(net: Net, path: Path) -> None:
     payload = {
         "arch": net.arch,
         "alphabet": net.alphabet,
-        "mean": net.mean,
-        "std": net.std,
-        "temperature": net.temperature,
+        "mean": float(net.mean),
+        "std": float(net.std),
+        "temperature": float(net.temperature),
         "lookalikes": net.lookalikes,
         "figures": net.figures,
         "state_dict": {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()},
@@ -197,18 +209,17 @@ def load(path: Path, device: torch.device | str = "cpu") -> Net:
     Nothing in the file is executed (weights_only). Raises ValueError, one line, for any file that
     is not whole and ours; OSError where it can't be read.
     """
-    content = _read(Path(path))
     try:
-        if "state_dict" in content:
+        content = _read(Path(path))
+        state = content.get("state_dict", content)
+        _check_tensors(state)
+        if state is not content:
             net = _described_net(content)
-            state = content["state_dict"]
+        elif any(key.startswith("_orig_mod.") for key in state):
+            state = _origin_state(state)
+            net = Net("run8", **ORIGIN)
         else:
-            state = {str(k).removeprefix("_orig_mod."): v for k, v in content.items()}
-            if any(str(k).startswith("_orig_mod.") for k in content):
-                state = _origin_state(state)
-                net = Net("run8", **ORIGIN)
-            else:
-                net = _fitting_net(state)
+            net = _fitting_net(state)
         _check_state(state, net)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -218,33 +229,68 @@ def load(path: Path, device: torch.device | str = "cpu") -> Net:
 
 def _read(path: Path) -> dict:
     """Return the dict in a torch.save archive, having refused whatever could hurt."""
-    if path.is_dir():
-        raise ValueError(f"{path}: is a folder, expected a weights file such as model.pt")
-    if not zipfile.is_zipfile(path) and path.stat():  # stat: a missing file says so itself
-        raise ValueError(f"{path}: not a weights file (no torch.save archive, or cut short)")
+    status = path.stat()
+    if not path.is_file():
+        kind = "a folder" if path.is_dir() else "no regular file"
+        raise ValueError(f"is {kind}, expected a weights file such as model.pt")
+    if status.st_size > MAX_FILE_BYTES:
+        raise ValueError(f"has {status.st_size:,} bytes, weights have under {MAX_FILE_BYTES:,}")
+    data = path.read_bytes()
+    if not data.startswith(b"PK\3\4"):
+        raise ValueError("not a weights file: no archive as torch.save writes it")
     try:
-        with zipfile.ZipFile(path) as archive:
-            size = sum(entry.file_size for entry in archive.infolist())
-        if size > MAX_FILE_BYTES:
-            raise ValueError(f"{path}: unpacks to {size:,} bytes, over {MAX_FILE_BYTES:,}")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, ValueError):
-        raise
-    except Exception as error:  # whatever unpickling and unzipping foreign bytes may raise
-        reason = str(error).strip().splitlines()[0][:200] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: not weights that can be read safely ({reason})") from None
+        _check_archive(data)
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever unzipping and unpickling foreign bytes may raise
+        text = str(error).rpartition("WeightsUnpickler error: ")[2].strip() or type(error).__name__
+        reason = text.splitlines()[0][:200].encode("unicode_escape").decode()
+        raise ValueError(f"damaged or not weights ({reason})") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a dict of weights")
+        raise ValueError(f"holds a {type(content).__name__}, expected a dict of weights")
     return content
+
+
+def _check_archive(data: bytes) -> None:
+    """Raise unless unpacking and unpickling an archive must stay small and run nothing.
+
+    torch.load(weights_only=True) by itself lets a small file build nested tuples whose hash
+    overflows the stack, or fill the memory: it is given only what a state_dict needs.
+    """
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        entries = archive.infolist()
+        if sum(entry.file_size for entry in entries) > len(data):
+            raise ValueError("unpacks to more than its own size")
+        pickles = [entry for entry in entries if entry.filename.lower().endswith("data.pkl")]
+        if len(pickles) != 1 or pickles[0].file_size > MAX_PICKLE_BYTES:
+            raise ValueError(f"expected one data.pkl of at most {MAX_PICKLE_BYTES:,} bytes")
+        if damaged := archive.testzip():  # torch.load compares no checksums
+            raise ValueError(f"{damaged} is damaged")
+        pickle = archive.read(pickles[0])
+    named = {str(value) for code, value, _ in pickletools.genops(pickle) if code.name == "GLOBAL"}
+    if foreign := sorted(named - NAMED_IN_PICKLES):
+        raise ValueError(f"asks for {foreign[0].replace(' ', '.')}, which no weights need")
+
+
+def _check_tensors(state: object) -> None:
+    """Raise ValueError unless `state` is a dict of names and plain tensors."""
+    if not isinstance(state, dict):
+        raise ValueError(f"state_dict is a {type(state).__name__}, expected a dict of weights")
+    for key, tensor in state.items():
+        if not isinstance(key, str):
+            raise ValueError(f"has a {type(key).__name__} among its keys, expected names")
+        if not isinstance(tensor, Tensor) or tensor.dtype not in (*FLOATS, torch.int64):
+            found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"{key!r:.60}: {found}, expected a tensor of floats")
 
 
 def _described_net(content: dict) -> Net:
     """Build the net that our own file describes, its description checked."""
-    kinds = {"arch": str, "alphabet": str, "lookalikes": list, "figures": dict, "state_dict": dict}
+    kinds = {"arch": str, "alphabet": str, "lookalikes": list, "figures": dict}
     kinds |= {"mean": float, "std": float, "temperature": float}
     for key, kind in kinds.items():
-        if not isinstance(content.get(key), kind):
-            raise ValueError(f"{key} is {content.get(key)!r:.60}, expected a {kind.__name__}")
+        value = content.get(key)
+        if not isinstance(value, kind):
+            raise ValueError(f"{key}: {type(value).__name__}, expected a {kind.__name__}")
     alphabet, groups = content["alphabet"], content["lookalikes"]
     if not alphabet or not set(alphabet) <= set(ALPHABET) or len(set(alphabet)) < len(alphabet):
         raise ValueError(f"alphabet {alphabet!r:.60}: expected distinct characters of {ALPHABET}")
@@ -253,6 +299,8 @@ def _described_net(content: dict) -> Net:
     for key in ("mean", "std", "temperature"):
         if not math.isfinite(content[key]) or (key != "mean" and content[key] <= 0):
             raise ValueError(f"{key} is {content[key]}, expected a finite number above 0")
+    if not _is_plain(content["figures"], MAX_DEPTH):
+        raise ValueError("figures: expected numbers and words in dicts and lists")
     keys = ("arch", "alphabet", "mean", "std")
     net = Net(**{key: content[key] for key in keys})
     net.temperature, net.lookalikes = content["temperature"], groups
@@ -260,9 +308,17 @@ def _described_net(content: dict) -> Net:
     return net
 
 
+def _is_plain(value: object, depth: int) -> bool:
+    """Tell whether a value can be shown and copied: no deeper than `depth`, and nothing odd."""
+    if isinstance(value, (dict, list)):
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        return depth > 0 and all(_is_plain(part, depth - 1) for part in parts)
+    return value is None or isinstance(value, (str, int, float))
+
+
 def _fitting_net(state: dict) -> Net:
     """Return the net whose parameters have the names and shapes of a bare state_dict."""
-    shapes = {k: tuple(v.shape) for k, v in state.items() if isinstance(v, Tensor)}
+    shapes = {k: tuple(v.shape) for k, v in state.items()}
     for arch in ARCHITECTURES:
         net = Net(arch)
         if {k: tuple(v.shape) for k, v in net.state_dict().items()} == shapes:
@@ -271,12 +327,11 @@ def _fitting_net(state: dict) -> Net:
 
 
 def _origin_state(state: dict) -> dict:
-    """Drop the origin's 37th output: its letters end at 35."""
+    """Drop the compiler's prefix, and the origin's 37th output: its letters end at 35."""
     classes = len(ALPHABET)
-    return {
-        k: v[:classes] if k.startswith("fc2.") and isinstance(v, Tensor) and v.ndim else v
-        for k, v in state.items()
-    }
+    state = {key.removeprefix("_orig_mod."): tensor for key, tensor in state.items()}
+    last = {k: v[:classes] for k, v in state.items() if k.startswith("fc2.") and v.ndim}
+    return state | last
 
 
 def _check_state(state: dict, net: Net) -> None:
@@ -284,14 +339,14 @@ def _check_state(state: dict, net: Net) -> None:
     expected = net.state_dict()
     if missing := sorted(expected.keys() - state.keys()):
         raise ValueError(f"lacks {len(missing)} tensors of net {net.arch}: {missing[0]!r}, …")
-    if extra := sorted(map(str, state.keys() - expected.keys())):
+    if extra := sorted(state.keys() - expected.keys()):
         raise ValueError(f"has {len(extra)} tensors that net {net.arch} lacks: {extra[0]!r:.60}, …")
     for key, wanted in expected.items():
         tensor = state[key]
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
-            raise ValueError(f"{key}: expected a dense tensor")
-        if tensor.shape != wanted.shape or tensor.is_complex():
+        if (tensor.shape, tensor.is_floating_point()) != (wanted.shape, wanted.is_floating_point()):
             found = f"{tuple(tensor.shape)} {tensor.dtype}"
-            raise ValueError(f"{key}: {found}, expected {tuple(wanted.shape)} of net {net.arch}")
-        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{key}: {found}, expected {tuple(wanted.shape)} {wanted.dtype}")
+        if not torch.isfinite(tensor.to(wanted.dtype)).all():  # a double may be too large for ours
             raise ValueError(f"{key}: holds NaN or infinity")
+        if key.endswith("running_var") and (tensor < 0).any():
+            raise ValueError(f"{key}: holds a negative variance")
