@@ -14,7 +14,7 @@ import CNN
 
 SAMPLES = Path(__file__).parent / "samples"
 FILES = sorted(SAMPLES.iterdir())
-RIGHT, RIGHT_BUT_FOR_LOOKALIKES = 40, 42  # of 43; O and 0, among others, differ by context alone
+RIGHT, RIGHT_BUT_FOR_LOOKALIKES = 41, 42  # of 43; O and 0, among others, differ by context alone
 
 
 def test_samples_show_every_character_in_every_guise() -> None:
@@ -64,7 +64,7 @@ def test_shipped_weights_read_the_samples(root: Path) -> None:
     answers = {Path(path).name: chr(int(code)) for code, path in lines}
     assert set(answers.values()) <= set(string.digits + string.ascii_uppercase)
     wrong = {name: answer for name, answer in answers.items() if name[0] != answer}
-    pairs = {frozenset(pair) for pair in CNN.load(model).lookalikes}
-    unlike = {n: answer for n, answer in wrong.items() if frozenset(n[0] + answer) not in pairs}
+    groups = [set(group) for group in CNN.load(model).lookalikes]
+    unlike = {n: a for n, a in wrong.items() if not any({n[0], a} <= group for group in groups)}
     assert len(FILES) - len(wrong) >= RIGHT, wrong
     assert len(FILES) - len(unlike) >= RIGHT_BUT_FOR_LOOKALIKES, unlike
