@@ -9,6 +9,7 @@ epoch; the test split is read once, at the end.
 """
 
 import argparse
+import glob
 import gzip
 import hashlib
 import http.client
@@ -70,8 +71,13 @@ class TrainingError(Exception):
 
 
 def say(line: str) -> None:
-    """Write a line for people, above a progress bar where there is one."""
-    tqdm.write(line, file=sys.stderr)
+    """Write a line for people, above a progress bar where there is one; of all ranks, the first."""
+    if _rank() == 0:
+        tqdm.write(line, file=sys.stderr)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))  # torchrun sets it
 
 
 # Configuration
@@ -108,6 +114,16 @@ class Config:
 
 
 UNBOUND = {"data", "out", "device", "compile", "wandb", "resume"}  # may differ on --resume
+RANGES = {  # lowest value and end
+    "epochs": (1, math.inf),
+    "batch_size": (2, math.inf),  # there is no variance to normalise by in one picture
+    "lr": (1e-9, math.inf),
+    "warmup": (0, math.inf),
+    "weight_decay": (0, math.inf),
+    "dropout": (0, 1),
+    "ema": (0, 1),
+    "seed": (0, 2**63),
+}
 
 
 def parse(argv: list[str] | None = None) -> Config:
@@ -127,12 +143,14 @@ def parse(argv: list[str] | None = None) -> Config:
     names = config.augment.split(",")
     if config.augment != "none" and not set(names) <= set(AUGMENTATIONS):
         parser.error(f"--augment {config.augment}: expected none or some of {[*AUGMENTATIONS]}")
-    for name in ("epochs", "batch_size", "lr"):
-        if not getattr(config, name) > 0:
-            parser.error(f"--{name.replace('_', '-')} must be above 0")
-    for name, top in {"warmup": math.inf, "weight_decay": math.inf, "dropout": 1, "ema": 1}.items():
-        if not 0 <= getattr(config, name) < top:
-            parser.error(f"--{name.replace('_', '-')} must be at least 0 and below {top}")
+    for name, (low, end) in RANGES.items():
+        if not low <= getattr(config, name) < end:
+            flag = f"--{name.replace('_', '-')}"
+            parser.error(f"{flag} {getattr(config, name)}: must be at least {low} and below {end}")
+    try:
+        torch.device(config.device.replace("auto", "cpu"))
+    except RuntimeError:
+        parser.error(f"--device {config.device}: expected auto, cpu, cuda or cuda:1")
     return config
 
 
@@ -152,17 +170,37 @@ class Ranks(NamedTuple):
 
 
 def join_ranks(device: str) -> Ranks:
-    """Choose the device and, under torchrun, join its process group."""
+    """Choose the device and, under torchrun, join its process group. Raises TrainingError."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return Ranks(0, 1, torch.device(device))
-    if device == "cuda":
+    among_others = "TORCHELASTIC_RUN_ID" in os.environ
+    if among_others and device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise TrainingError(f"--device {device}: {_first_line(error)}: try --device cpu") from None
+    if not among_others:
+        return Ranks(0, 1, torch.device(device))
+    if device.startswith("cuda"):
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return Ranks(dist.get_rank(), dist.get_world_size(), torch.device(device))
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum of a tensor over all ranks, whose losses all depend on it."""
+
+    @staticmethod
+    def forward(context: object, tensor: Tensor) -> Tensor:
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(context: object, gradient: Tensor) -> Tensor:
+        return _SumOverRanks.forward(context, gradient)
 
 
 class SyncedNorm(nn.modules.batchnorm._BatchNorm):
@@ -178,7 +216,7 @@ class SyncedNorm(nn.modules.batchnorm._BatchNorm):
         shape = [1, -1] + [1] * (x.dim() - 2)
         wide = x.float()
         moments = torch.stack([wide.mean(axes), wide.square().mean(axes)])  # (2, C)
-        mean, square = dist.nn.functional.all_reduce(moments) / dist.get_world_size()
+        mean, square = _SumOverRanks.apply(moments) / dist.get_world_size()
         variance = square - mean.square()
         count = x.numel() / x.shape[1] * dist.get_world_size()
         with torch.no_grad():
@@ -1067,15 +1105,19 @@ def _log_results(
 
 
 class Stop:
-    """Remembers a polite request to end (SIGTERM, Ctrl-C); a second one is obeyed at once."""
+    """Remembers a polite request to end (SIGTERM, Ctrl-C), that a checkpoint may be written first.
+
+    A second one, and one that comes before the training has begun, is obeyed at once.
+    """
 
     def __init__(self) -> None:
-        self.signal = 0
+        self.signal, self.training = 0, False
 
     def __call__(self, number: int, frame: object) -> None:
-        if self.signal:
-            raise KeyboardInterrupt
+        at_once = self.signal or not self.training
         self.signal = number
+        if at_once:
+            raise KeyboardInterrupt
 
 
 def batches(run: Run, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
@@ -1111,6 +1153,14 @@ def take_step(run: Run, images: Tensor, labels: Tensor) -> None:
     run.update_average()
 
 
+def diverged(what: str, step: int, run: Run) -> TrainingError:
+    rate = learning_rate(step, run.steps, run.config)
+    return TrainingError(
+        f"{what} at step {step}, learning rate {rate:.3g}; a checkpoint beside {run.config.out} is "
+        "from before: train anew with a lower --lr"
+    )
+
+
 class InterruptedTraining(Exception):  # noqa: N818 (nothing went wrong)
     """A signal asked the training to end; its number is the argument."""
 
@@ -1124,9 +1174,15 @@ class Checkpoints:
         self.due = time.monotonic() + CHECKPOINT_SECONDS
 
     def save(self, run: Run) -> None:
-        """Write the state; a disk that is full costs a warning, not the training."""
+        """Write the state; a disk that is full costs a warning, not the training.
+
+        Raises TrainingError rather than write weights that are not finite over good ones.
+        """
         if not run.ranks.first:
             return
+        if not all(tensor.isfinite().all() for tensor in _floats(run.net)):
+            raise diverged("weights are not finite", run.step - 1, run)
+        self._sweep()
         try:
             if self.newest.exists():
                 os.replace(self.newest, self.previous)
@@ -1139,24 +1195,42 @@ class Checkpoints:
         """Set the run to the newest state that can be read. Raises TrainingError if none can."""
         for path in (self.newest, self.previous):
             try:
-                state = torch.load(path, map_location=run.ranks.device, weights_only=True)
+                state = _read_checkpoint(path, run.ranks.device)
                 changed = _differences(state["settings"], bound_settings(run.config))
                 if not changed:
                     run.restore(state)
-                    say(f"going on from {path}, step {run.step:,} of {run.steps:,}")
-                    return
             except FileNotFoundError:
                 continue
             except Exception as error:  # whatever reading damaged bytes may raise
-                say(f"warning: {path} is damaged, trying the one before it ({_first_line(error)})")
+                say(f"warning: {path} is damaged ({_first_line(error)})")
                 continue
-            raise TrainingError(f"--resume: {path} was made with {changed}: pass the same settings")
+            if changed:
+                raise TrainingError(
+                    f"--resume: {path} was made with {changed}: pass the same settings"
+                )
+            say(f"going on from {path}, step {run.step:,} of {run.steps:,}")
+            if path == self.previous and run.ranks.first:
+                self.newest.unlink(missing_ok=True)  # or the next one would put it over the good
+            return
         raise TrainingError(f"--resume: no checkpoint to read at {self.newest}: train without it")
 
     def remove(self) -> None:
         """Forget the checkpoints of a training that is done."""
+        self._sweep()
         for path in (self.newest, self.previous):
             path.unlink(missing_ok=True)
+
+    def _sweep(self) -> None:
+        """Delete what a process killed while it wrote a checkpoint has left."""
+        for part in self.newest.parent.glob(f".{glob.escape(self.newest.name)}.*.part"):
+            part.unlink(missing_ok=True)
+
+
+def _read_checkpoint(path: Path, device: torch.device) -> dict:
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():  # torch.load compares no checksums
+            raise ValueError(f"{damaged} is not as it was written")
+    return torch.load(path, map_location=device, weights_only=True)
 
 
 def _differences(theirs: dict, ours: dict) -> str:
@@ -1189,13 +1263,10 @@ class Progress:
         first = (run.step - 1) // run.steps_per_epoch * run.steps_per_epoch
         losses = run.losses[max(self.reported, first) - first : run.step - first].tolist()
         for step, loss in enumerate(losses, run.step - len(losses)):
-            rate = learning_rate(step, run.steps, run.config)
             if not math.isfinite(loss):
-                raise TrainingError(
-                    f"the loss is {loss} at step {step}, learning rate {rate:.3g}; the last good "
-                    f"state is in the checkpoint beside {run.config.out}: try a lower --lr"
-                )
+                raise diverged(f"the loss is {loss}", step, run)
             if step % REPORT_STEPS == 0:
+                rate = learning_rate(step, run.steps, run.config)
                 self.log.metrics(step, **{"train/loss": loss, "lr": rate})
         self.reported = run.step
         if losses:
@@ -1256,6 +1327,8 @@ def finish_epoch(run: Run, validation: Split, seconds: float, log: "Log") -> Non
 
 def load_splits(config: Config, ranks: Ranks) -> tuple[Split, Split, Split]:
     """Return train, validation and test, resident on the device. Raises TrainingError."""
+    if config.batch_size % ranks.world:
+        raise TrainingError(f"--batch-size {config.batch_size}: not shared by {ranks.world} evenly")
     if ranks.first:
         ensure_emnist(config.data)
     if ranks.world > 1:
@@ -1264,8 +1337,6 @@ def load_splits(config: Config, ranks: Ranks) -> tuple[Split, Split, Split]:
     test = read_emnist(config.data, train=False)
     if len(train.labels) < config.batch_size:
         raise TrainingError(f"--batch-size {config.batch_size}: only {len(train.labels)} pictures")
-    if config.batch_size % ranks.world:
-        raise TrainingError(f"--batch-size {config.batch_size}: not shared by {ranks.world} evenly")
     return train.to(ranks.device), validation.to(ranks.device), test.to(ranks.device)
 
 
@@ -1289,6 +1360,7 @@ def train(config: Config, stop: Stop | None = None) -> dict:
     with closing(Log(config.wandb and ranks.first, settings, run.log_id)) as log:
         run.log_id = log.run_id
         progress = Progress(run, log)
+        stop.training = True
         while run.step < run.steps:
             start = time.monotonic()
             train_epoch(run, training, progress, checkpoints, stop)
@@ -1326,7 +1398,11 @@ def finish(run: Run, validation: Split, test: Split) -> dict:
     logits = predict(net, test.images, run.precision)
     figures["test"] = measure(logits / net.temperature, test.labels)
     net.figures = figures
-    CNN.save(net, run.config.out)
+    try:
+        CNN.save(net, run.config.out)
+    except OSError as error:
+        reason = f"--out {run.config.out}: {error.strerror}"
+        raise TrainingError(f"{reason}: make room, then --resume writes it") from error
     confusion = confuse(logits, test.labels)
     return {**figures, "history": run.history, "confusion": confusion.tolist()}
 
@@ -1365,9 +1441,11 @@ def main(argv: list[str] | None = None) -> int:
         say("stopped at your request; go on with the same command and --resume")
         return 128 + interrupted.args[0]
     except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+        return 128 + stop.signal
     except (TrainingError, OSError) as error:
         say(f"train.py: error: {error}")
+        if _rank() > 0:
+            print(f"train.py: rank {_rank()}: error: {error}", file=sys.stderr)
         return 1
     if results:
         print(format_results(results))
