@@ -11,6 +11,7 @@ ratio is the median of the rounds'.
 """
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -104,7 +105,7 @@ def seconds(work: Callable, *arguments: object) -> float:
     return time.perf_counter() - start
 
 
-def compare(kind: str, count: int, rounds: int) -> None:
+def compare(kind: str, count: int, rounds: int) -> dict:
     """Print pictures/s of baseline, limit and ours, and how many times the baseline ours are."""
     with tempfile.TemporaryDirectory() as top:
         files = draw(Path(top) / kind, kind, count)
@@ -118,14 +119,16 @@ def compare(kind: str, count: int, rounds: int) -> None:
             rates["ours"].append(count / (seconds(ours, Path(top) / kind) - alone))
     middle = {name: statistics.median(values) for name, values in rates.items()}
     ratios = [o / b for o, b in zip(rates["ours"], rates["baseline"], strict=True)]
+    middle["ratio"] = statistics.median(ratios)
     print(
         f"{kind:<8}{count:>8,}{middle['baseline']:>12,.0f}{middle['limit']:>12,.0f}"
-        f"{middle['ours']:>12,.0f}{statistics.median(ratios):>8.1f}x",
+        f"{middle['ours']:>12,.0f}{middle['ratio']:>8.1f}x",
         flush=True,
     )
+    return {"pictures": count, **{name: round(value, 2) for name, value in middle.items()}}
 
 
-def startup(rounds: int) -> None:
+def startup(rounds: int) -> dict:
     """Print the time to classify one picture as a multiple of `import torch`."""
     bare = [sys.executable, "-c", "import torch"]
     ratios = []
@@ -135,6 +138,7 @@ def startup(rounds: int) -> None:
     print(
         f"one picture: {statistics.median(ratios):.2f} x import torch ({first:.2f} s)", flush=True
     )
+    return {"ratio": round(statistics.median(ratios), 3), "import_torch": round(first, 2)}
 
 
 def memory(pid: int) -> float:
@@ -148,7 +152,7 @@ def memory(pid: int) -> float:
     return total
 
 
-def many(count: int) -> None:
+def many(count: int) -> list[dict]:
     """Run over hard links to a few hundred files; print memory and rate along the way."""
     with tempfile.TemporaryDirectory() as top:
         files = draw(Path(top) / "drawn", "small", DISTINCT["small"])
@@ -162,15 +166,18 @@ def many(count: int) -> None:
         run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT)
         print(f"{'done':>12}{'seconds':>10}{'pictures/s':>12}{'MB':>8}")
         marks = {1, *(count * part // 100 for part in (10, 50, 99))}
-        last, at = 0, start
+        last, at, rows = 0, start, []
         for done, _ in enumerate(run.stdout, 1):
             if done in marks:
                 now = time.perf_counter()
                 rate = (done - last) / (now - at)
                 print(f"{done:>12,}{now - start:>10.1f}{rate:>12,.0f}{memory(run.pid):>8,.0f}")
+                row = {"done": done, "seconds": now - start, "rate": rate, "MB": memory(run.pid)}
+                rows.append({name: round(value, 1) for name, value in row.items()})
                 last, at = done, now
         if run.wait() or done != count:
             sys.exit(f"{done:,} lines for {count:,} pictures, exit status {run.returncode}")
+    return rows
 
 
 def main() -> None:
@@ -180,18 +187,21 @@ def main() -> None:
     parser.add_argument("--photos", type=int, default=5_000, help="JPEGs of 800x600")
     parser.add_argument("--many", type=int, default=200_000, help="hard links")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="file to keep the figures in")
     args = parser.parse_args()
     what = args.what or ["small", "photos", "startup"]
     print(f"{CORES} cores, Python {sys.version.split()[0]}, Pillow {Image.__version__}")
     if {"small", "photos"} & set(what):
         print(f"{'':<8}{'pictures':>8}{'baseline/s':>12}{'limit/s':>12}{'ours/s':>12}{'':>9}")
-    for kind in ("small", "photos"):
-        if kind in what:
-            compare(kind, getattr(args, kind), args.rounds)
-    if "startup" in what:
-        startup(args.rounds)
-    if "many" in what:
-        many(args.many)
+    work = {
+        "small": lambda: compare("small", args.small, args.rounds),
+        "photos": lambda: compare("photos", args.photos, args.rounds),
+        "startup": lambda: startup(args.rounds),
+        "many": lambda: many(args.many),
+    }
+    results = {name: work[name]() for name in work if name in what}
+    if args.json:
+        args.json.write_text(json.dumps({"cores": CORES, **results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ are judged on the same validation pictures.
 """
 
 import argparse
+import json
 import sys
 import time
 from dataclasses import replace
@@ -82,6 +83,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3, help="of the baseline")
     parser.add_argument("--fraction", type=float, default=1.0, help="of the training pictures")
     parser.add_argument("--ours", type=float, default=0.3, help="epochs of ours, full schedule")
+    parser.add_argument("--json", type=Path, help="file to keep the figures in")
     args = parser.parse_args()
     torch.manual_seed(0)
 
@@ -107,6 +109,10 @@ def main() -> None:
         + ("" if entry["accuracy"] >= accuracy else " BUT LESS ACCURATE: raise --ours"),
         flush=True,
     )
+    if args.json:
+        kept = {"baseline_accuracy": accuracy, "baseline_seconds": seconds, "baseline_rate": rate}
+        kept |= {"accuracy": entry["accuracy"], "seconds": entry["seconds"], "whole": whole}
+        args.json.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 if __name__ == "__main__":

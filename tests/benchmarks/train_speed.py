@@ -9,6 +9,7 @@ stepped. Both in one process, in turn, `--rounds` times; a ratio is the median o
 """
 
 import argparse
+import json
 import platform
 import statistics
 import sys
@@ -136,6 +137,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--target", type=float, help="accuracy on validation to time, per cent")
     parser.add_argument("--epochs", type=int, default=6, help="of the training to the target")
+    parser.add_argument("--json", type=Path, help="file to keep the figures in")
     parser.add_argument("--curve", action="store_true", help="print the cost curve as well")
     args = parser.parse_args()
 
@@ -155,6 +157,9 @@ def main() -> None:
         f"peak {peak_megabytes(ranks.device):,.0f} MB",
         flush=True,
     )
+    if args.json:
+        kept = {"machine": name, "arch": args.arch, "peak": peak_megabytes(ranks.device), **figures}
+        args.json.write_text(json.dumps(kept, indent=1) + "\n")
     if args.target:
         time_to(args.target, replace(config, epochs=args.epochs), splits)
     if args.curve:
