@@ -33,7 +33,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from datetime import timedelta
-from functools import cache
+from functools import cache, lru_cache
 from itertools import islice
 from multiprocessing.connection import Connection, wait
 from pathlib import Path, PurePath
@@ -131,46 +131,456 @@ def _upright(picture: Image.Image) -> Image.Image:
 
 
 def to_grey(picture: Image.Image) -> np.ndarray:
-    """Return a picture in mode L, RGB, RGBA, I or F as grey uint8 (H, W), transparency as paper."""
+    """Return a picture in mode L, RGB, RGBA, I or F as grey uint8 (H, W), transparency as paper.
+
+    Colours are projected on the line along which they vary most, so that red ink on green paper of
+    the same lightness keeps its contrast.
+    """
     if picture.mode in ("I", "F"):
-        values = np.asarray(picture, np.float32)
+        values = np.asarray(picture, np.float64)
         finite = np.isfinite(values)
         values = np.where(finite, values, np.median(values[finite]) if finite.any() else 0)
         low, high = values.min(), values.max()
-        return ((values - low) * (255 / max(high - low, 1e-6))).round().astype(np.uint8)
+        return ((values - low) * (255 / max(high - low, 1e-9))).round().astype(np.uint8)
     if picture.mode == "RGBA":
-        alpha = np.asarray(picture.getchannel("A"), np.float32)
-        light = np.asarray(picture.convert("RGB").convert("L"), np.float32)
-        paper = 255 if (light * alpha).sum() < 128 * alpha.sum() else 0
-        ground = Image.new("RGBA", picture.size, (paper, paper, paper, 255))
-        picture = Image.alpha_composite(ground, picture)
-    return np.asarray(picture.convert("L"))
+        picture = _on_paper(picture)
+    if picture.mode != "RGB":
+        return np.asarray(picture.convert("L"))
+    colours = np.asarray(picture)
+    red, green, blue = colours[..., 0], colours[..., 1], colours[..., 2]
+    if np.array_equal(red, green) and np.array_equal(green, blue):
+        return red
+    points = colours.reshape(-1, 3).astype(np.float32)
+    sample = points[:: 1 + len(points) // 4096]
+    _, axes = np.linalg.eigh(np.cov(sample.T, bias=True))
+    axis = axes[:, -1] * np.sign(axes[:, -1].sum() or 1) / np.abs(axes[:, -1]).sum()
+    values = points @ axis.astype(np.float32) - 255 * np.minimum(axis, 0).sum()
+    return values.round().clip(0, 255).astype(np.uint8).reshape(colours.shape[:2])
+
+
+def _on_paper(picture: Image.Image) -> Image.Image:
+    """Lay a picture with transparency on what is paper to it.
+
+    What is opaque may be the character alone: then paper is black or white, whichever is farther.
+    Or it may be a character on its own paper: then that goes on.
+    """
+    alpha = np.asarray(picture.getchannel("A"), np.float32) / 255
+    light = np.asarray(picture.convert("RGB").convert("L"), np.float32)
+    area = alpha.sum() or 1
+    mean = (light * alpha).sum() / area
+    deviation = np.sqrt((alpha * (light - mean) ** 2).sum() / area)
+    if area > 0.5 * alpha.size and deviation > 32:
+        paper = int(np.median(light[alpha > 0.5]))
+    else:
+        paper = 255 if mean < 128 else 0
+    ground = Image.new("RGBA", picture.size, (paper, paper, paper, 255))
+    return Image.alpha_composite(ground, picture).convert("RGB")
+
+
+LONGEST = 22 / 28  # of the result's side: longest side of a character, EMNIST's median 23.6 / 28
+STROKE = 2.7 / 28  # of the result's side: width of strokes, EMNIST's median 2.9 / 28
+FINE = 2  # strokes are made thinner and thicker on a grid this many times finer than the result
+INKED = 0.8  # mean level of ink weighed by itself: EMNIST's median
+EDGE = 0.25  # of full ink: where a character ends
+FORMED = (20.5 / 28, 25 / 28)  # of the side: EMNIST's characters are as long as this, and no more
+OFFSET = 0.6 / 28  # of the side: than this off the centre
+
+SHADED = 12  # px: a smaller picture is no photograph, its paper has no shading
+GRID = 40  # px: side of the grid on which shading is estimated
+WINDOW = 0.3  # of the picture's side: strokes are narrower than this, shadows wider
+VEIL = 0.3  # of full ink: what shadows may leave after the shading is taken away
+
+NOISE = 2  # deviations above its level that paper reaches
+SIGNAL = 4  # deviations above its level that ink reaches at least
+NEIGHBOURS = 0.2  # correlation of neighbouring pixels: below it, a small picture is but noise
+FAINTEST = 8  # grey levels of 256 between paper and ink, at least
+
+SPECK = 0.02  # of the area of the largest part: what is smaller is dirt; an i's dot is some 0.05
+FRAMED = 24  # px: a smaller picture shows nothing beside its character
+RIM = 0.12  # of the picture's side: where frames, rules and neighbours lie
 
 
 def fit(pictures: list[np.ndarray], size: int) -> tuple[np.ndarray, np.ndarray]:
     """Bring pictures of one character each to the form that EMNIST's own have.
 
     pictures: grey uint8 (H, W), any sizes, ink darker or lighter than the paper.
-    Returns (N, size, size) uint8, ink 255 on 0, and (N,) bool: False where there is no ink.
+    Returns (N, size, size) uint8, ink 255 on 0, and (N,) bool: False where there is no ink. What a
+    picture becomes does not depend on the others.
     """
-    fitted = np.zeros((len(pictures), size, size), np.uint8)
-    inked = np.zeros(len(pictures), bool)
+    fine = np.zeros((len(pictures), FINE * size, FINE * size), np.float32)
+    formed, inked = np.zeros((2, len(pictures)), bool)
+    shapes: dict[tuple[int, ...], list[int]] = {}
     for i, picture in enumerate(pictures):
-        low, high = int(picture.min()), int(picture.max())
-        if high - low < 16:
-            continue
-        light = ((picture.astype(np.float32) - low) * (255 / (high - low))).astype(np.uint8)
-        ink = light if (light > 127).mean() < 0.5 else 255 - light
-        rows, columns = (np.flatnonzero((ink > 127).any(axis)) for axis in (1, 0))
-        glyph = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-        height, width = glyph.shape
-        scale = (size - 4) / max(height, width)
-        shape = max(1, round(width * scale)), max(1, round(height * scale))
-        glyph = np.asarray(Image.fromarray(glyph).resize(shape, Image.Resampling.LANCZOS))
-        top, left = (size - shape[1]) // 2, (size - shape[0]) // 2
-        fitted[i, top : top + shape[1], left : left + shape[0]] = glyph
-        inked[i] = True
-    return fitted, inked
+        shapes.setdefault(picture.shape, []).append(i)
+    for indices in shapes.values():
+        ink, inked[indices] = find_ink(np.stack([pictures[i] for i in indices]))
+        fine[indices], formed[indices] = _place(ink, FINE * size)
+    out = np.empty((len(pictures), size, size), np.float32)
+    out[formed] = fine[formed].reshape(-1, size, FINE, size, FINE).mean((2, 4))
+    out[~formed] = _even_strokes(fine[~formed])
+    out *= 255 / np.maximum(out.max((1, 2), keepdims=True), 1e-3)  # as in EMNIST
+    return out.round().astype(np.uint8), inked
+
+
+def find_ink(greys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Tell ink from paper in (N, H, W) uint8: ink (N, H, W) in [0, 1], and whether there is any."""
+    counts = _histograms(greys)
+    dark = _is_dark(greys, _otsu(counts))
+    height = np.where(dark[:, None, None], 255 - greys, greys)  # of the ink above the paper
+    uneven = ~_is_even(counts) & (min(greys.shape[1:]) >= SHADED)
+    unit = np.ones(len(greys))
+    if uneven.any():
+        height[uneven], unit[uneven] = _flatten(greys[uneven])
+    levels = _levels(_histograms(height), unit, np.where(uneven, VEIL, 0))
+    threshold, low, gain = (x.astype(np.float32)[:, None, None] for x in levels[:3])
+    ink = ((height - low) * gain).clip(0, 1) * _belongs(height > threshold)
+    inked = levels.found
+    if min(greys.shape[1:]) < FRAMED:
+        inked &= _likeness(greys) > NEIGHBOURS
+    return ink * inked[:, None, None], inked
+
+
+def _histograms(values: np.ndarray) -> np.ndarray:
+    """Count the levels of each picture: (N, 256)."""
+    keys = values + np.arange(len(values))[:, None, None] * 256
+    return np.bincount(keys.ravel(), minlength=len(values) * 256).reshape(-1, 256)
+
+
+def _otsu(counts: np.ndarray) -> np.ndarray:
+    """Return the levels (N,) above which lies the upper of two classes (Otsu 1979)."""
+    number = counts.cumsum(1).astype(np.float64)
+    mass = (counts * np.arange(256)).cumsum(1)
+    expected = number * (mass[:, -1:] / number[:, -1:])
+    between = (expected - mass) ** 2 / np.maximum(number * (number[:, -1:] - number), 1)
+    return between.argmax(1)
+
+
+def _likeness(greys: np.ndarray) -> np.ndarray:
+    """Return the correlation (N,) of pixels with the next ones across and down."""
+    values = greys.astype(np.float32)
+    steps = [np.diff(values, axis=axis).reshape(len(values), -1) for axis in (1, 2)]
+    steps = np.concatenate(steps, 1)
+    number = max(1, steps.shape[1])
+    return 1 - (steps * steps).sum(1) / number / (2 * values.var((1, 2)) + 1e-6)
+
+
+def _is_dark(greys: np.ndarray, threshold: np.ndarray) -> np.ndarray:
+    """Say where ink is darker than paper: paper is most of the area and of the border."""
+    light = greys > threshold[:, None, None]
+    share, border = light.mean((1, 2)), _border(light, 0)
+    if min(light.shape[1:]) >= FRAMED:  # the border may be a frame
+        inner = _border(light, round(RIM / 2 * min(light.shape[1:])))
+        border = np.where(share < 0.5, np.minimum(border, inner), np.maximum(border, inner))
+    return share + border > 1
+
+
+def _border(mask: np.ndarray, inset: int) -> np.ndarray:
+    height, width = mask.shape[1:]
+    mask = mask[:, inset : height - inset, inset : width - inset]
+    return np.concatenate([mask[:, 0], mask[:, -1], mask[:, :, 0], mask[:, :, -1]], 1).mean(1)
+
+
+def _is_even(counts: np.ndarray) -> np.ndarray:
+    """Say where there are but two tones, or one that most pixels have, all others to one side."""
+    sums = np.pad(counts.cumsum(1), ((0, 0), (1, 0)))
+    row, total = np.arange(len(sums)), sums[:, -1]
+    near = sums[:, 9:] - sums[:, :-9]  # pixels within 4 levels of each level from 4 to 251
+    mode = near.argmax(1) + 4
+    below = sums[row, np.maximum(mode - 12, 0)]
+    above = total - sums[row, np.minimum(mode + 13, 256)]
+    one_paper = (near.max(1) > 0.5 * total) & (np.minimum(below, above) < 0.02 * total)
+    first = (counts > 0).argmax(1)
+    last = 255 - (counts[:, ::-1] > 0).argmax(1)
+    ends = near[row, (first - 4).clip(0, 247)] + near[row, (last - 4).clip(0, 247)]
+    return one_paper | (ends > 0.97 * total)
+
+
+def _flatten(greys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Take the shading of the paper away.
+
+    The paper is what remains when everything narrower than WINDOW is filled with what surrounds it.
+    Returns the height of ink above paper, uint8 (N, H, W), and how many of its levels make one grey
+    level, (N,).
+    """
+    (down_y, up_y), (down_x, up_x) = map(_grid, greys.shape[1:])
+    greys = greys.astype(np.float32)
+    small = down_y @ greys @ down_x.T  # (N, 40, 40)
+    flat = small.reshape(len(small), -1, 1)
+    surface = _surface(*small.shape[1:])
+    terms = surface.T @ flat
+    skew = ((flat - surface @ terms) ** 3).mean((1, 2))  # ink is the rarer side
+    trend = surface[:, :3] @ terms[:, :3]
+    sign = np.where(skew < 0, -1, 1)[:, None, None].astype(np.float32)
+    trend = sign * trend.reshape(small.shape)
+    paper = sign * small - trend
+    for function in (np.minimum, np.maximum):
+        for axis in (1, 2):
+            paper = _running(function, paper, max(1, round(WINDOW / 2 * paper.shape[axis])), axis)
+    height = sign * greys - up_y @ (paper + trend) @ up_x.T
+    low, high = height.min((1, 2)), height.max((1, 2))
+    unit = 255 / np.maximum(high - low, 1)
+    return ((height - low[:, None, None]) * unit[:, None, None]).astype(np.uint8), unit
+
+
+@lru_cache(256)
+def _grid(length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the matrices that average `length` pixels to at most GRID, and interpolate back."""
+    count = min(length, GRID)
+    down = _averages(np.zeros(1), np.array([length / count]), count, length)[0]
+    position = (np.arange(length) + 0.5) * count / length - 0.5
+    distance = position.clip(0, count - 1)[:, None] - np.arange(count)
+    return down, np.maximum(1 - np.abs(distance), 0).astype(np.float32)
+
+
+@lru_cache(256)
+def _surface(height: int, width: int) -> np.ndarray:
+    """Return an orthonormal basis (height * width, 6) of the quadratic surfaces."""
+    y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j].reshape(2, -1)
+    return np.linalg.qr(np.stack([x**0, x, y, x * y, x * x, y * y], 1))[0].astype(np.float32)
+
+
+def _running(function: np.ufunc, values: np.ndarray, reach: int, axis: int) -> np.ndarray:
+    """Return the minimum or maximum over the window of `reach` pixels to both sides."""
+    pad = [(0, 0)] * 3
+    pad[axis] = (reach, reach)
+    padded = np.moveaxis(np.pad(values, pad, mode="edge"), axis, 0)
+    out = padded[: values.shape[axis]].copy()
+    for shift in range(1, 2 * reach + 1):
+        function(out, padded[shift : shift + len(out)], out=out)
+    return np.moveaxis(out, 0, axis)
+
+
+class Levels(NamedTuple):
+    """Where ink begins, what level is 0 ink, ink per level above it, whether there is ink: (N,)."""
+
+    threshold: np.ndarray
+    low: np.ndarray
+    gain: np.ndarray
+    found: np.ndarray
+
+
+def _levels(counts: np.ndarray, unit: np.ndarray, veil: np.ndarray) -> Levels:
+    """Find the levels of paper and ink in histograms (N, 256) of heights, `unit` per grey level."""
+    value, row = np.arange(256), np.arange(len(counts))
+    threshold = _otsu(counts)
+    above = counts * (value > threshold[:, None])
+    core = above * (value >= _mean(above)[:, None])  # without the blurred edges of strokes
+    high = _mean(core)
+    sums = counts.cumsum(1)
+    paper = (2 * sums >= sums[row, threshold][:, None]).argmax(1)
+    third = (3 * sums >= sums[:, -1:]).argmax(1)  # paper, too, and within noise if all is noise
+    found = (high - paper > FAINTEST * unit) & (high - third > SIGNAL * _noise(counts, third))
+    low = paper + np.maximum(NOISE * _noise(counts, paper), veil * (high - paper))
+    low = np.minimum(low, (paper + high) / 2)
+    gain = np.where(found, 1 / np.maximum(high - low, 1), 0)
+    return Levels(np.maximum(threshold, low), low, gain, found)
+
+
+def _mean(counts: np.ndarray) -> np.ndarray:
+    return (counts * np.arange(256)).sum(1) / np.maximum(counts.sum(1), 1)
+
+
+def _noise(counts: np.ndarray, level: np.ndarray) -> np.ndarray:
+    """Return how far the values below a level deviate from it; ink has no part in that."""
+    distance = np.maximum(level[:, None] - np.arange(256), 0)
+    number = counts.cumsum(1)[np.arange(len(counts)), level]
+    return np.sqrt((counts * distance**2).sum(1) / np.maximum(number, 1))
+
+
+def _belongs(mask: np.ndarray) -> np.ndarray:
+    """Return (N, H, W) bool: False on and around specks, rules and neighbours in a mask of ink."""
+    count, height, width = mask.shape
+    edges = np.zeros((count, height + 1, width + 2), np.int8)  # an empty row after each picture
+    edges[:, :height, 1:-1] = mask
+    steps = np.diff(edges, axis=2)
+    row, start = np.divmod(np.flatnonzero(steps == 1), width + 1)
+    end = np.flatnonzero(steps == -1) % (width + 1)
+    if not len(row):
+        return np.ones_like(mask)
+    label = _connect(row, start, end, width)
+    dirt = _dirt(label, row, start, end, mask.shape)
+    if not dirt.any():
+        return np.ones_like(mask)
+    row, start, end = row[dirt], start[dirt], end[dirt]
+    steps[:] = 0
+    flat = steps.reshape(-1, width + 1)
+    flat[row, start], flat[row, end] = 1, -1
+    out = flat.cumsum(1, dtype=np.int8).reshape(steps.shape)[:, :height, :width] > 0
+    if min(height, width) >= FRAMED:  # and the blurred edges of what goes
+        for axis in (1, 2):
+            out = _running(np.maximum, out, 1, axis)
+    return ~out
+
+
+def _connect(row: np.ndarray, start: np.ndarray, end: np.ndarray, width: int) -> np.ndarray:
+    """Label the runs of pixels [start, end) in rows, in order, by the first run of their part.
+
+    Runs in neighbouring rows that touch, be it by a corner, belong to one part. Labels spread along
+    touching pairs, and along labels of labels, until nothing changes.
+    """
+    key = width + 2
+    first = np.searchsorted(row * key + end, (row + 1) * key + start)
+    last = np.searchsorted(row * key + start, (row + 1) * key + end, side="right")
+    number = np.maximum(last - first, 0)
+    upper = np.repeat(np.arange(len(row)), number)
+    lower = np.arange(number.sum()) + np.repeat(first - number.cumsum() + number, number)
+    label = np.arange(len(row))
+    while len(upper):
+        a, b = label[upper], label[lower]
+        np.minimum.at(label, np.maximum(a, b), np.minimum(a, b))
+        while (label != label[label]).any():
+            label = label[label]
+        differ = label[upper] != label[lower]
+        upper, lower = upper[differ], lower[differ]
+    return label
+
+
+def _dirt(
+    label: np.ndarray, row: np.ndarray, start: np.ndarray, end: np.ndarray, shape: tuple[int, ...]
+) -> np.ndarray:
+    """Say which runs of pixels belong to parts that are not of the character.
+
+    These are specks; in pictures of some size also what lies along the border (frames, rules, the
+    table beside the card), and what comes in from it while the character itself is clear of it.
+    """
+    count, height, width = shape
+    picture, y = np.divmod(row, height + 1)
+    order = np.argsort(label, kind="stable")
+    bounds = np.flatnonzero(np.diff(label[order], prepend=-1))
+
+    def over_part(function: np.ufunc, values: np.ndarray) -> np.ndarray:
+        return function.reduceat(values[order], bounds)
+
+    def most(values: np.ndarray) -> np.ndarray:  # of each part's picture
+        best = np.zeros(count)
+        np.maximum.at(best, owner, values)
+        return best[owner]
+
+    owner = picture[order][bounds]
+    area = over_part(np.add, end - start)
+    dirt = np.zeros(len(bounds), bool)
+    if min(height, width) >= FRAMED:
+        rim_y, rim_x = RIM * height, RIM * width
+        inner = (np.minimum(end, width - rim_x) - np.maximum(start, rim_x)).clip(0)
+        inside = over_part(np.add, inner * ((y >= rim_y) & (y < height - rim_y)))
+        border = (y <= 1) | (y >= height - 2) | (start <= 1) | (end >= width - 1)
+        touches = over_part(np.logical_or, border)
+        tall = over_part(np.maximum, y) - over_part(np.minimum, y) + 1
+        wide = over_part(np.maximum, end) - over_part(np.minimum, start)
+        along = (inside < 0.05 * area) & ((tall > 0.4 * height) | (wide > 0.4 * width))
+        best = most(inside * ~along)
+        along &= best > 0.005 * height * width
+        main = (inside == best) & ~along
+        free = most(main & ~touches) > 0
+        small = (inside < 0.5 * area) | (area < 0.2 * most(area * main))
+        dirt = along | (touches & ~main & free & small)
+    dirt |= area < SPECK * most(area * ~dirt)
+    where = np.empty(len(label), int)
+    where[order] = np.repeat(np.arange(len(bounds)), np.diff(bounds, append=len(label)))
+    return dirt[where]
+
+
+def _place(ink: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and centre the character in pictures (N, H, W): (N, side, side), and which were formed.
+
+    EMNIST's own, enlarged or not, are taken as they are: squares of a multiple of their side that
+    hold the character as they do.
+    """
+    _, height, width = ink.shape
+    top, bottom, left, right = *_ends(ink.max(2)), *_ends(ink.max(1))
+    longest = np.maximum(np.maximum(bottom - top, right - left), 1e-3)
+    step = longest / (LONGEST * side)  # pixels per pixel of the result
+    y, x = (top + bottom) / 2, (left + right) / 2
+    offset = np.maximum(np.abs(y - height / 2), np.abs(x - width / 2))
+    formed = (longest > FORMED[0] * height) & (longest < FORMED[1] * height)
+    formed &= (offset < OFFSET * height) & (height == width) & (height % (side // FINE) == 0)
+    out = np.empty((len(ink), side, side), np.float32)
+    if formed.any():
+        rows = _averages(np.zeros(1), np.array([height / side]), side, height)
+        out[formed] = rows @ ink[formed] @ rows.transpose(0, 2, 1)
+    other = ~formed
+    if other.any():
+        step = step[other]
+        rows = _cubic(y[other] - step * side / 2, step, side, height)
+        columns = _cubic(x[other] - step * side / 2, step, side, width)
+        out[other] = rows @ ink[other] @ columns.transpose(0, 2, 1)
+    return out.clip(0, 1), formed
+
+
+def _ends(profile: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return where profiles (N, L) first and last reach EDGE of their height, px (N,) each."""
+    row = np.arange(len(profile))
+    edge = EDGE * profile.max(1)
+    padded = np.pad(profile, ((0, 0), (1, 1)))
+
+    def first(values: np.ndarray) -> np.ndarray:
+        i = np.maximum((values > edge[:, None]).argmax(1), 1)
+        here, before = values[row, i], values[row, i - 1]
+        return i - 0.5 - (here - edge) / np.maximum(here - before, 1e-6)
+
+    return first(padded), profile.shape[1] - first(padded[:, ::-1])
+
+
+def _averages(start: np.ndarray, step: np.ndarray, count: int, length: int) -> np.ndarray:
+    """Return (N, count, length): row i averages pixels from start + i * step, `step` of them."""
+    edge = start[:, None] + np.arange(count + 1) * step[:, None]
+    pixel = np.arange(length)
+    overlap = np.minimum(edge[:, 1:, None], pixel + 1) - np.maximum(edge[:, :-1, None], pixel)
+    return (overlap.clip(0) / step[:, None, None]).astype(np.float32)
+
+
+def _cubic(start: np.ndarray, step: np.ndarray, count: int, length: int) -> np.ndarray:
+    """Return (N, count, length): row i resamples as Pillow's BICUBIC, around start + (i + .5) step.
+
+    Beyond the picture is paper, 0.
+    """
+    reach = np.maximum(step, 1)[:, None, None].astype(np.float32)
+    beyond = int(np.ceil(2 * reach.max()))
+    centre = start[:, None] + (np.arange(count) + 0.5) * step[:, None]
+    pixel = np.arange(-beyond, length + beyond) + 0.5
+    x = np.abs(pixel - centre[:, :, None]).astype(np.float32) / reach
+    near, far = (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2
+    weights = np.where(x < 1, near, np.where(x < 2, far, 0))
+    return (weights / np.maximum(weights.sum(2, keepdims=True), 0.5))[
+        :, :, beyond : beyond + length
+    ]
+
+
+def _even_strokes(fine: np.ndarray) -> np.ndarray:
+    """Bring strokes in (N, side, side) to EMNIST's width and level, at 1 / FINE the resolution."""
+    side = fine.shape[1]
+    change = (STROKE * side - _stroke_width(fine)) / 2  # px, on each side of the stroke
+    change = np.maximum(change, -side / 8)  # what is thicker than that is no stroke
+    fine = _thicken(fine, change)
+    step = FINE * (1 + 2 * change / (LONGEST * side))
+    count = side // FINE
+    rows = _averages((side - step * count) / 2, step, count, side)
+    out = (rows @ fine @ rows.transpose(0, 2, 1)).clip(0, 1)
+    level = (out * out).sum((1, 2)) / np.maximum(out.sum((1, 2)), 1e-6)
+    return (out * np.maximum(INKED / np.maximum(level, 0.1), 1)[:, None, None]).clip(0, 1)
+
+
+def _stroke_width(ink: np.ndarray) -> np.ndarray:
+    """Return the mean width of strokes, px (N,): twice the area over the length of the outline."""
+    across, down = np.diff(ink[:, :-1], axis=2), np.diff(ink[:, :, :-1], axis=1)
+    outline = np.sqrt(across * across + down * down).sum((1, 2))
+    return 2 * ink.sum((1, 2)) / np.maximum(outline, 1e-6)
+
+
+def _thicken(ink: np.ndarray, change: np.ndarray) -> np.ndarray:
+    """Move the outline out by `change` px (N,), by a cross and a square in turn, as by a disc."""
+    ink = ink.copy()
+    for function, left in ((np.maximum, change.copy()), (np.minimum, -change)):
+        square = False
+        while (some := np.flatnonzero(left > 0)).size:
+            part = np.minimum(left[some], 1).astype(np.float32)
+            old = ink[some]
+            down, across = _running(function, old, 1, 1), _running(function, old, 1, 2)
+            new = _running(function, down, 1, 2) if square else function(down, across)
+            ink[some] = old + part[:, None, None] * (new - old)
+            left[some] -= part
+            square = not square
+    return ink
 
 
 def find(inputs: Iterable[str], passed_over: Counter) -> Iterator[tuple[str, str]]:
