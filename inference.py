@@ -34,7 +34,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from datetime import timedelta
 from functools import cache, lru_cache
-from itertools import islice
+from itertools import islice, permutations
 from multiprocessing.connection import Connection, wait
 from pathlib import Path, PurePath
 from typing import IO, TYPE_CHECKING, NamedTuple
@@ -864,7 +864,7 @@ class Result(NamedTuple):
     character: str = ""
     confidence: float = 0.0
     alternatives: tuple[tuple[str, float], ...] = ()  # the next likely; all, without an answer
-    lookalike: str = ""  # the pair, such as "0O", where the two likeliest can't be told apart alone
+    lookalike: str = ""  # the group, such as "1IL", that holds the two likeliest characters
     error: str = ""
     picture: Picture | None = None  # for the report
 
@@ -888,7 +888,7 @@ class Classifier:
         self.characters = parse_alphabet(alphabet, net.alphabet)
         self.classes = [net.alphabet.index(character) for character in self.characters]
         self.temperature, self.topk, self.minimum = net.temperature, topk, minimum
-        self.lookalikes = {p: pair for pair in net.lookalikes for p in (pair, pair[::-1])}
+        self.lookalikes = {a + b: g for g in net.lookalikes for a, b in permutations(g, 2)}
         self.dtype = torch.float32
         if self.device.type == "cpu":
             self.dtype = CNN.mixed_precision(self.device)
@@ -1458,7 +1458,7 @@ function card(row) {
     add(right, "span", percent(confidence) + " ")
     add(right, "span", alternatives.map(([c, p]) => `${c} ${percent(p)}`).join(", "), "soft")
   }
-  if (alike) add(right, "div", `${alike[0]} and ${alike[1]} look alike`, "soft")
+  if (alike) add(right, "div", `${[...alike].join(", ")} look alike`, "soft")
   if (error) add(right, "div", error, "soft")
   add(article, "div", path, "path")
   return article
