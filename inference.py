@@ -90,8 +90,8 @@ def load(path: str) -> Image.Image:
         if not stat.S_ISREG(os.fstat(handle).st_mode):  # replaced since; it did not block, though
             raise ValueError("not a regular file")
         with Image.open(file, formats=_formats()) as picture:
-            if picture.format == "JPEG":
-                picture.draft(None, (WORKING_SIDE, WORKING_SIDE))
+            factor = max(1, max(picture.size) // WORKING_SIDE)
+            picture.draft(None, (picture.width // factor, picture.height // factor))  # of a JPEG
             picture.load()
             return _upright(_reduced(_plain(picture)))
 
@@ -124,6 +124,8 @@ def _reduced(picture: Image.Image) -> Image.Image:
 
 def _upright(picture: Image.Image) -> Image.Image:
     """Turn the picture as its EXIF orientation says."""
+    if not picture.info:  # no EXIF there
+        return picture
     try:
         return ImageOps.exif_transpose(picture)
     except Exception:  # a damaged EXIF block says nothing about the picture
@@ -145,17 +147,18 @@ def to_grey(picture: Image.Image) -> np.ndarray:
     if picture.mode == "RGBA":
         picture = _on_paper(picture)
     if picture.mode != "RGB":
-        return np.asarray(picture.convert("L"))
+        return np.asarray(picture if picture.mode == "L" else picture.convert("L"))
     colours = np.asarray(picture)
     red, green, blue = colours[..., 0], colours[..., 1], colours[..., 2]
     if np.array_equal(red, green) and np.array_equal(green, blue):
         return red
     points = colours.reshape(-1, 3).astype(np.float32)
     sample = points[:: 1 + len(points) // 4096]
-    _, axes = np.linalg.eigh(np.cov(sample.T, bias=True))
+    sample = sample - sample.mean(0)
+    _, axes = np.linalg.eigh(sample.T @ sample)
     axis = axes[:, -1] * np.sign(axes[:, -1].sum() or 1) / np.abs(axes[:, -1]).sum()
     values = points @ axis.astype(np.float32) - 255 * np.minimum(axis, 0).sum()
-    return values.round().clip(0, 255).astype(np.uint8).reshape(colours.shape[:2])
+    return (values + 0.5).clip(0, 255).astype(np.uint8).reshape(colours.shape[:2])
 
 
 def _on_paper(picture: Image.Image) -> Image.Image:
@@ -1252,7 +1255,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--resume", action="store_true", help="go on where a run with this --output was cut short")
     add("--report", type=Path, metavar="FILE", help="a page for going through the pictures by eye")
     add("--batch-size", type=count, default=128, metavar="N", help="of the net [%(default)s]")
-    add("--workers", type=count, default=share, metavar="N", help="to read [%(default)s, cores]")
+    add("--workers", type=count, default=share, metavar="N", help="that read pictures [one per core]")
     add("--timeout", type=seconds, default=30, metavar="S", help="per picture [%(default)s s]")
     args = parser.parse_args(arguments)
     if args.resume and not args.output:
