@@ -64,7 +64,7 @@ FORMATS = {  # read by Pillow's own code alone; EPS, PDF and the like, which sta
     "TGA": (".tga",),  # last: has no signature, so almost any bytes may be taken for it
 }
 SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
-WORKING_SIDE = 192  # px; pictures are reduced as long as their longer side is no less
+WORKING_SIDE = 96  # px; pictures are reduced as long as their longer side is no less
 BLANK = "blank: no ink found"
 
 
@@ -1255,7 +1255,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--resume", action="store_true", help="go on where a run with this --output was cut short")
     add("--report", type=Path, metavar="FILE", help="a page for going through the pictures by eye")
     add("--batch-size", type=count, default=128, metavar="N", help="of the net [%(default)s]")
-    add("--workers", type=count, default=share, metavar="N", help="that read pictures [one per core]")
+    add("--workers", type=count, default=share, metavar="N", help="to read [one per core]")
     add("--timeout", type=seconds, default=30, metavar="S", help="per picture [%(default)s s]")
     args = parser.parse_args(arguments)
     if args.resume and not args.output:
