@@ -30,6 +30,7 @@ DROPOUT = 0.28  # the origin's
 ORIGIN = {"mean": 0.1307, "std": 0.3081}  # the origin normalised as for MNIST
 MAX_FILE_BYTES = 256 * 2**20  # far above any weights of ours; a larger file is not read
 MAX_PICKLE_BYTES = 32 * 2**10  # of what lists the tensors; ours has 4 KiB
+MAX_ENTRIES = 1000  # of an archive; ours has 41
 MAX_DEPTH = 4  # of dicts and lists in the figures
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 NAMED_IN_PICKLES = {  # all that a file of weights asks Python for
@@ -256,6 +257,8 @@ def _check_archive(data: bytes) -> None:
     torch.load(weights_only=True) by itself lets a small file build nested tuples whose hash
     overflows the stack, or fill the memory: it is given only what a state_dict needs.
     """
+    if data.count(b"PK\1\2") > MAX_ENTRIES:  # before zipfile makes an object of each
+        raise ValueError(f"expected an archive of at most {MAX_ENTRIES:,} entries")
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         entries = archive.infolist()
         if sum(entry.file_size for entry in entries) > len(data):
