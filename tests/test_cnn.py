@@ -171,6 +171,18 @@ def test_xavier_can_be_left_out() -> None:
     assert first.abs().max() <= 1 / math.sqrt(25)  # torch's own bound, 1 / sqrt(inputs)
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_mixed_precision_is_for_devices_that_have_it(
+    native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    for device in ("cpu", "cuda"):
+        expected = torch.bfloat16 if native else torch.float32
+        assert CNN.mixed_precision(torch.device(device)) == expected
+    assert CNN.mixed_precision(torch.device("mps")) == torch.float32
+
+
 def test_pictures_are_normalised_by_the_nets_own_figures(net: Net) -> None:
     seen = []
     hook = net.layer1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
