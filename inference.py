@@ -4,8 +4,9 @@
 
 prints one line per picture, the ASCII code of the character and the path, in sorted order:
 
-    051, tests/samples/3.png
-    065, tests/samples/A.png
+    048, tests/samples/0_scan.png
+    049, tests/samples/1_pencil.jpg
+    050, tests/samples/2_form.tif
 
 Digits and letters, 36 classes; any picture that Pillow reads, of one character, of any size, dark
 on light or light on dark. `--format csv` or `json` adds confidences, alternatives and errors,

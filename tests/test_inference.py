@@ -480,7 +480,7 @@ def test_0_when_all_are_answered(run, folder: Path, tmp_path: Path) -> None:
     assert "none found" in run("--input", tmp_path)[2]
 
 
-COUNT = 4000
+COUNT = 2500
 
 
 def command(weights: Path, *arguments: object) -> list[str]:
