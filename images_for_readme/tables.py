@@ -1,0 +1,256 @@
+"""Write the README's tables from the JSON files: python3 images_for_readme/tables.py
+
+A table stands between `<!-- begin: NAME -->` and `<!-- end: NAME -->`; what is there is replaced.
+So no figure of a table is typed by hand, and a test can say whether README and runs agree.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import redirect_stdout, suppress
+from io import StringIO
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+README = HERE.parent / "README.md"
+sys.path.insert(0, str(HERE.parent))
+
+import inference  # noqa: E402
+import train  # noqa: E402
+
+CLAIMED = dict(
+    zip((f"run{i}" for i in range(1, 10)), (91, 92, 87, 71, 90, 91, 93, 94, 96), strict=True)
+)
+CHANGES = {
+    "run1": "run1 net, batch 64, AdamW 1e-4, decay 0.1, torch's own initialisation",
+    "run2": "the same with Xavier and a warm-up stage",
+    "run3": "SGD 1e-4, batch 128, decay 1e-4",
+    "run4": "Adagrad 1e-4",
+    "run5": "Adam 1e-5",
+    "run6": "AdamW 1e-5",
+    "run7": "run7 net, AdamW 1e-4",
+    "run8": "run8 net, batch 64",
+    "run9": "run8 net, 30 epochs",
+}
+
+
+def run(name: str) -> dict:
+    return json.loads((HERE / "runs" / f"{name}.json").read_text())
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[object]], words: int = 1) -> str:
+    """Write a Markdown table; its first columns hold words, the others figures."""
+    head = list(head)
+    lines = [head, ["---"] * words + ["---:"] * (len(head) - words), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def headline() -> str:
+    test, field = run("shipped")["test"], run("field")["rows"]["model.pt"]["mean of sets"]
+    speed, gpu = run("bench-inference"), run("bench-gpu")
+    rows = [
+        ("all 36 classes, EMNIST sample", f"{test['accuracy']:.2f} % right, NLL {test['nll']:.3f}"),
+        ("its digits, its letters", f"{test['digits']:.2f} %, {test['letters']:.2f} %"),
+        (
+            "when only digits, only letters can be answered",
+            f"{test['digits_known']:.2f} %, {test['letters_known']:.2f} %",
+        ),
+        (
+            "real pictures, mean of 8 sets; 0/O, 1/I/L merged; alphabet known",
+            ", ".join(f"{value:.1f} %" for value in field),
+        ),
+        (
+            "small PNGs, photos of 800x600",
+            f"{speed['small']['ours']:,.0f} and {speed['photos']['ours']:,.0f} a second, 2 cores",
+        ),
+        (
+            "a full training, start to weights",
+            f"{gpu['full_run_seconds']:.0f} s on an H100 ({gpu['full_run_epochs']} epochs)",
+        ),
+    ]
+    return table(("measured", "on a 215k-image sample of EMNIST, and on field sets"), rows, words=2)
+
+
+def accuracy() -> str:
+    names = {
+        "accuracy": "all, % right",
+        "digits": "digits, % right",
+        "letters": "letters, % right",
+        "classes": "mean over classes, % right",
+        "digits_known": "digits, when only digits can be answered",
+        "letters_known": "letters, when only letters can be answered",
+        "nll": "negative log-likelihood, nats",
+        "ece": "expected calibration error",
+    }
+    shipped, rows = run("shipped"), []
+    for key, text in names.items():
+        digits = 4 if key in ("nll", "ece") else 2
+        rows.append(
+            (text, *(f"{shipped[split][key]:.{digits}f}" for split in ("validation", "test")))
+        )
+    seeds = [run(f"default-{seed}")["test"] for seed in range(5)]
+    spread = [f"{min(s[k] for s in seeds):.{d}f} to {max(s[k] for s in seeds):.{d}f}"
+              for k, d in (("accuracy", 2), ("nll", 4))]  # fmt: skip
+    return (
+        table(("shipped weights", "validation", "test"), rows)
+        + f"\n\nFive seeds of the same recipe: {spread[0]} % on test, NLL {spread[1]}; the one that "
+        "was best on validation is shipped."
+    )
+
+
+def field() -> str:
+    scores, counts = run("field")["rows"]["model.pt"], run("field")["pictures"]
+    rows = [
+        (name, counts.get(name, ""), *(f"{value:.1f}" for value in values))
+        for name, values in scores.items()
+    ]
+    return table(("set", "pictures", "accuracy, %", "alike, %", "alphabet, %"), rows)
+
+
+def levers() -> str:
+    scores = run("field")["rows"]
+    names = {
+        "lever-with-all": "all augmentations",
+        "lever-without-warp": "without warping",
+        "lever-without-stroke": "without thinner and thicker strokes",
+        "lever-without-resolution": "without loss of resolution",
+        "lever-without-tone": "without contrast, blur and grain",
+        "lever-without-any": "none",
+        "model.pt, unfitted": "shipped weights, picture only resized, not fitted",
+        "origin-short, unfitted": "the origin's net and recipe (2 epochs), its way of reading",
+        "origin-short": "the same net, pictures fitted by ours",
+    }
+    rows = []
+    for name, text in names.items():
+        if name in scores:
+            path = HERE / "runs" / f"{name}.json"
+            own = f"{json.loads(path.read_text())['test']['accuracy']:.2f}" if path.exists() else ""
+            rows.append((text, *(f"{v:.1f}" for v in scores[name]["mean of sets"]), own))
+    return table(("", "accuracy, %", "alike, %", "alphabet, %", "EMNIST test, %"), rows)
+
+
+def sizes() -> str:
+    rows = [
+        (f"{row['px']} px", f"{row['ours']:.2f}", f"{row['origin']:.2f}",
+         f"{row['origin_net_our_fit']:.2f}")
+        for row in run("sizes")["rows"]
+    ]  # fmt: skip
+    epochs = run("origin-short")["settings"]["epochs"]
+    head = ("side", "ours, %", f"origin's net and way ({epochs} epochs), %", "its net, our fit, %")
+    return table(head, rows)
+
+
+def coverage() -> str:
+    kept, rows = run("coverage"), []
+    for threshold in (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99):
+        at = kept["thresholds"].index(threshold)
+        cells = [f"{kept[s][c][at]:.1f}" for s in ("test", "field") for c in ("answered", "right")]
+        rows.append((f"{threshold:g}", *cells))
+    head = ("`--min-confidence`", "answered, test %", "right of them, %", "answered, field %",
+            "right of them, %")  # fmt: skip
+    errors = run("reliability")
+    field = ", ".join(f"{name} {figures['ece']:.3f}" for name, figures in errors.items()
+                      if isinstance(figures, dict) and "ece" in figures)  # fmt: skip
+    return table(head, rows) + f"\n\nExpected calibration error, 15 bins: {field}."
+
+
+def story() -> str:
+    rows = []
+    for name, claimed in CLAIMED.items():
+        done = (HERE / "runs" / f"{name}.json").exists()
+        ours = f"{run(name)['test']['accuracy']:.2f}" if done else "not finished"
+        rows.append((f"Run {name[3:]}", CHANGES[name], f"{claimed}", ours))
+    return table(("run", "what", "claimed, %", "ours, test %"), rows, words=2)
+
+
+def benchmarks() -> str:
+    speed, gpu = run("bench-inference"), run("bench-gpu")
+    parts = []
+    rows = [
+        (text, f"{f['pictures']:,}", f"{f['baseline']:,.0f}", f"{f['limit']:,.0f}",
+         f"{f['ours']:,.0f}", f"{f['ratio']:.1f}x")
+        for text, f in (("PNG 28x28", speed["small"]), ("JPEG 800x600", speed["photos"]))
+    ]  # fmt: skip
+    head = ("inference, 2 CPU cores", "pictures", "naive loop /s", "decoding alone /s", "ours /s",
+            "ours : naive")  # fmt: skip
+    parts.append(table(head, rows))
+    parts.append(
+        f"One picture, start to exit: {speed['startup']['ratio']:.2f} times `import torch`."
+    )
+    many = [(f"{r['done']:,}", f"{r['seconds']:.1f}", f"{r['rate']:,.0f}", f"{r['MB']:,.0f}")
+            for r in speed["many"]]  # fmt: skip
+    parts.append(table(("200,000 files: done", "seconds", "pictures/s since", "memory, MB"), many))
+    cpu, baseline = run("bench-cpu"), run("bench-baseline")
+    sooner = baseline["baseline_seconds"] / baseline["seconds"]
+    rows = [
+        ("2 CPU cores, default net: images/s, of the limit",
+         f"{cpu['default']['ours']:,.0f}, {100 * cpu['default']['ratio']:.1f} %"),
+        ("2 CPU cores, run8 net: images/s, of the limit",
+         f"{cpu['run8']['ours']:,.0f}, {100 * cpu['run8']['ratio']:.1f} %"),
+        (f"2 CPU cores, to the {baseline['baseline_accuracy']:.2f} % of 3 naive epochs",
+         f"{baseline['seconds']:.0f} s against {baseline['baseline_seconds']:.0f} s, "
+         f"{sooner:.1f} times sooner (at {baseline['accuracy']:.2f} %)"),
+        ("H100, default net: images/s, of the limit",
+         f"{gpu['images_per_second']:,}, {gpu['percent_of_limit']} %"),
+        (f"H100, to {gpu['target_accuracy']} % on validation",
+         f"{gpu['seconds_to_target']} s of training, {gpu['build_seconds']} s to compile"),
+        ("H100, whole default command", f"{gpu['full_run_seconds']} s"),
+        ("H100, peak memory", f"{gpu['peak_megabytes']} MB"),
+    ]  # fmt: skip
+    parts.append(table(("training", ""), rows, words=2))
+    curve = [(*row[:2], f"{row[2]:.2f}", f"{row[3]:,}", f"{row[4]:,}") for row in gpu["cost"]]
+    head = ("H100, not compiled", "", "s/epoch", "images/s", "peak MB")
+    parts.append(table(head, curve, words=2))
+    return "\n\n".join(parts)
+
+
+def flags(parse: Callable) -> str:
+    """Turn the help of a script, made by argparse, into a table."""
+    text = StringIO()
+    with redirect_stdout(text):
+        with suppress(SystemExit):
+            parse(["--help"])
+    found = re.findall(r"^  (-.*?)(?:  +|\n +)(\S.*(?:\n {8,}.*)*)", text.getvalue(), re.MULTILINE)
+    rows = [
+        (
+            f"`{flag}`",
+            " ".join(words.split()).replace("|", "\\|").replace(str(HERE.parent) + "/", ""),
+        )
+        for flag, words in found
+        if "--help" not in flag
+    ]
+    return table(("flag", "meaning"), rows, words=2)
+
+
+BLOCKS = {
+    "headline": headline,
+    "accuracy": accuracy,
+    "field": field,
+    "levers": levers,
+    "sizes": sizes,
+    "coverage": coverage,
+    "story": story,
+    "benchmarks": benchmarks,
+    "inference flags": lambda: flags(inference.parse),
+    "train flags": lambda: flags(train.parse),
+}
+
+
+def fill(text: str) -> str:
+    """Return the README with every block written anew."""
+    for name, block in BLOCKS.items():
+        begin, end = f"<!-- begin: {name} -->\n", f"<!-- end: {name} -->"
+        before, rest = text.split(begin)
+        text = before + begin + block() + "\n" + end + rest.split(end, 1)[1]
+    return text
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    README.write_text(fill(README.read_text()))
+
+
+if __name__ == "__main__":
+    main()
