@@ -1261,8 +1261,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.resume and not args.output:
         parser.error("--resume needs the --output of the run that was cut short")
-    if args.format == "ascii" and args.topk != parser.get_default("topk"):
-        print("inference.py: --topk shows in --format csv and json", file=sys.stderr)
+    if args.format == "ascii" and not args.report and args.topk != parser.get_default("topk"):
+        print("inference.py: --topk shows in --format csv and json, --report", file=sys.stderr)
     return args
 
 
@@ -1428,7 +1428,7 @@ ROWS
 "use strict"
 const get = id => document.getElementById(id), list = get("list"), step = 120
 const rows = JSON.parse(get("rows").textContent)
-const percent = p => (100 * p).toFixed(1) + " %"
+const percent = p => (100 * p).toFixed(1) + "\\u00a0%"
 const unanswered = ([, , , alternatives, , error]) =>
   alternatives.length ? "no answer" : error.startsWith("blank") ? "blank" : "unreadable"
 const kind = row => row[1] || unanswered(row)
@@ -1460,7 +1460,7 @@ function card(row) {
   if (confidence) {
     add(right, "meter").value = confidence
     add(right, "span", percent(confidence) + " ")
-    add(right, "span", alternatives.map(([c, p]) => `${c} ${percent(p)}`).join(", "), "soft")
+    add(right, "span", alternatives.map(([c, p]) => `${c}\\u00a0${percent(p)}`).join(", "), "soft")
   }
   if (alike) add(right, "div", `${[...alike].join(", ")} look alike`, "soft")
   if (error) add(right, "div", error, "soft")

@@ -137,7 +137,7 @@ def test_a_browser_shows_all_of_it_and_runs_none_of_the_names(page: Path, tmp_pa
     assert elements.counts["script"] == 0
     known = {"id", "class", "tabindex", "aria-label", "src", "alt", "value", "width", "height"}
     assert elements.attributes == known
-    shown = [float(p) for p in re.findall(r"<span>([0-9.]+) % </span>", body)]
+    shown = [float(p) for p in re.findall(r"<span>([0-9.]+)&nbsp;% </span>", body)]
     assert shown == sorted(shown)
     assert len(shown) == len(NAMES) + 3
     assert f"{len(NAMES) + 5} of {len(NAMES) + 5} pictures" in dom
