@@ -4,6 +4,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import re
 import resource
 import zipfile
 from collections import OrderedDict
@@ -432,7 +433,7 @@ def test_code_is_not_executed(where: str, content: dict, tmp_path: Path) -> None
             where
         ]
     torch.save(content, tmp_path / "trap.pt")
-    assert "asks for io.open" in refusal(tmp_path / "trap.pt")
+    assert re.search(r"asks for _?io\.open", refusal(tmp_path / "trap.pt"))
     assert not trap.exists()
     torch.load(tmp_path / "trap.pt", weights_only=False)  # the trap does work
     assert trap.exists()
