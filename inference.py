@@ -186,9 +186,11 @@ STROKE = 2.7 / 28  # of the result's side: width of strokes, EMNIST's median 2.9
 FINE = 2  # strokes are made thinner and thicker on a grid this many times finer than the result
 INKED = 0.8  # mean level of ink weighed by itself: EMNIST's median
 EDGE = 0.25  # of full ink: where a character ends
-FORMED = (20.5 / 28, 25 / 28)  # of the side: EMNIST's characters are as long as this, and no more
-OFFSET = 0.6 / 28  # of the side: than this off the centre
+FAINT = 0.1  # of full ink: the outermost trace of a character
+FORMED = (20.8 / 28, 26.7 / 28)  # of the side: the length of EMNIST's characters, traces included
+OFFSET = 0.75 / 28  # of the side: EMNIST's characters are no farther off the centre
 
+EXACT = 0.25  # of the pixels: so many are of exactly one level only where that was drawn
 SHADED = 12  # px: a smaller picture is no photograph, its paper has no shading
 GRID = 40  # px: side of the grid on which shading is estimated
 WINDOW = 0.3  # of the picture's side: strokes are narrower than this, shadows wider
@@ -285,14 +287,15 @@ def _border(mask: np.ndarray, inset: int) -> np.ndarray:
 
 
 def _is_even(counts: np.ndarray) -> np.ndarray:
-    """Say where there are but two tones, or one that most pixels have, all others to one side."""
+    """Say where there are two tones, or one of much of the paper with all others to one side."""
     sums = np.pad(counts.cumsum(1), ((0, 0), (1, 0)))
     row, total = np.arange(len(sums)), sums[:, -1]
     near = sums[:, 9:] - sums[:, :-9]  # pixels within 4 levels of each level from 4 to 251
     mode = near.argmax(1) + 4
     below = sums[row, np.maximum(mode - 12, 0)]
     above = total - sums[row, np.minimum(mode + 13, 256)]
-    one_paper = (near.max(1) > 0.5 * total) & (np.minimum(below, above) < 0.02 * total)
+    much = (near.max(1) > 0.5 * total) | (counts.max(1) > EXACT * total)
+    one_paper = much & (np.minimum(below, above) < 0.02 * total)
     first = (counts > 0).argmax(1)
     last = 255 - (counts[:, ::-1] > 0).argmax(1)
     ends = near[row, (first - 4).clip(0, 247)] + near[row, (last - 4).clip(0, 247)]
@@ -368,8 +371,9 @@ def _levels(counts: np.ndarray, unit: np.ndarray, veil: np.ndarray) -> Levels:
     value, row = np.arange(256), np.arange(len(counts))
     threshold = _otsu(counts)
     above = counts * (value > threshold[:, None])
-    core = above * (value >= _mean(above)[:, None])  # without the blurred edges of strokes
-    high = _mean(core)
+    mean = (above * value).sum(1, keepdims=True) / np.maximum(above.sum(1, keepdims=True), 1)
+    core = (above * (value >= mean)).cumsum(1)  # without the blurred edges of strokes
+    high = (4 * core >= 3 * core[:, -1:]).argmax(1)
     sums = counts.cumsum(1)
     paper = (2 * sums >= sums[row, threshold][:, None]).argmax(1)
     third = (3 * sums >= sums[:, -1:]).argmax(1)  # paper, too, and within noise if all is noise
@@ -378,10 +382,6 @@ def _levels(counts: np.ndarray, unit: np.ndarray, veil: np.ndarray) -> Levels:
     low = np.minimum(low, (paper + high) / 2)
     gain = np.where(found, 1 / np.maximum(high - low, 1), 0)
     return Levels(np.maximum(threshold, low), low, gain, found)
-
-
-def _mean(counts: np.ndarray) -> np.ndarray:
-    return (counts * np.arange(256)).sum(1) / np.maximum(counts.sum(1), 1)
 
 
 def _noise(counts: np.ndarray, level: np.ndarray) -> np.ndarray:
@@ -491,13 +491,15 @@ def _place(ink: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
     hold the character as they do.
     """
     _, height, width = ink.shape
-    top, bottom, left, right = *_ends(ink.max(2)), *_ends(ink.max(1))
-    longest = np.maximum(np.maximum(bottom - top, right - left), 1e-3)
+    profiles = ink.max(2), ink.max(1)
+    if height == width and height % (side // FINE) == 0:
+        y, x, longest = _extent(*profiles, FAINT)
+        formed = (longest > FORMED[0] * height) & (longest < FORMED[1] * height)
+        formed &= np.maximum(np.abs(y - height / 2), np.abs(x - width / 2)) < OFFSET * height
+    else:
+        formed = np.zeros(len(ink), bool)
+    y, x, longest = _extent(*profiles, EDGE)
     step = longest / (LONGEST * side)  # pixels per pixel of the result
-    y, x = (top + bottom) / 2, (left + right) / 2
-    offset = np.maximum(np.abs(y - height / 2), np.abs(x - width / 2))
-    formed = (longest > FORMED[0] * height) & (longest < FORMED[1] * height)
-    formed &= (offset < OFFSET * height) & (height == width) & (height % (side // FINE) == 0)
     out = np.empty((len(ink), side, side), np.float32)
     if formed.any():
         rows = _averages(np.zeros(1), np.array([height / side]), side, height)
@@ -511,10 +513,17 @@ def _place(ink: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
     return out.clip(0, 1), formed
 
 
-def _ends(profile: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return where profiles (N, L) first and last reach EDGE of their height, px (N,) each."""
+def _extent(down: np.ndarray, across: np.ndarray, level: float) -> tuple[np.ndarray, ...]:
+    """Return the centre y and x and the longest side, px (N,) each, of ink with such profiles."""
+    (top, bottom), (left, right) = _ends(down, level), _ends(across, level)
+    longest = np.maximum(bottom - top, right - left)
+    return (top + bottom) / 2, (left + right) / 2, np.maximum(longest, 1e-3)
+
+
+def _ends(profile: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return where profiles (N, L) first and last reach a level of their height, px (N,) each."""
     row = np.arange(len(profile))
-    edge = EDGE * profile.max(1)
+    edge = level * profile.max(1)
     padded = np.pad(profile, ((0, 0), (1, 1)))
 
     def first(values: np.ndarray) -> np.ndarray:
