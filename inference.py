@@ -32,7 +32,7 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from functools import cache, lru_cache
 from itertools import islice, permutations
@@ -1221,7 +1221,8 @@ class Ranks:
             return
         from torch import distributed
 
-        _together(distributed.init_process_group, "gloo", timeout=timedelta(days=1))
+        with _stdout_on_stderr():  # torch 2.10 greets there
+            _together(distributed.init_process_group, "gloo", timeout=timedelta(days=1))
         last = False
         while not last:
             shares, dealt = None, [None]
@@ -1235,6 +1236,19 @@ class Ranks:
             _together(distributed.gather_object, own, gathered)
             yield from gathered or ()
         distributed.destroy_process_group()
+
+
+@contextmanager
+def _stdout_on_stderr() -> Iterator[None]:
+    """Send what libraries print to where talk belongs: stdout is for results."""
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
 
 
 def _together(function: Callable, *arguments: object, **settings: object) -> None:
