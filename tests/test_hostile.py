@@ -7,13 +7,16 @@ The fuzz test runs over 5,000 mutated files, over more with
 
 import io
 import os
+import resource
 import shutil
+import signal
 import socket
 import struct
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -269,6 +272,58 @@ def test_slow_pictures_are_shown_as_they_come_and_shared_out(
     assert len(times) == 20
     assert len(misbehaving_pool.workers) == 2
     assert times[0] < times[-1] / 2
+
+
+class Wire:
+    """A connection that has two requests and then closes, and keeps what is answered."""
+
+    def __init__(self, *requests: list[Path]) -> None:
+        self.requests = [b"\0".join([b"28", *map(os.fsencode, paths)]) for paths in requests]
+        self.sent: list[bytes] = []
+
+    def recv_bytes(self) -> bytes:
+        if not self.requests:
+            raise EOFError
+        return self.requests.pop(0)
+
+    def send_bytes(self, message: bytes) -> None:
+        self.sent.append(message)
+
+
+@pytest.mark.parametrize("thumbnails", [False, True])
+def test_a_worker_answers_in_raw_bytes_under_limits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, thumbnails: bool
+) -> None:
+    sound = [tmp_path / "a.png", tmp_path / "b.tif", tmp_path / "c.jpg"]
+    picture().save(sound[0])
+    Image.fromarray(np.asarray(picture(), np.float32)).save(sound[1])
+    picture(300).convert("RGB").save(sound[2])
+    blank, bomb, broken = (tmp_path / name for name in ("blank.png", "bomb.png", "broken.png"))
+    Image.new("L", (9, 9), 30).save(blank)
+    bomb.write_bytes(hostile_files()["bomb.png"])
+    broken.write_bytes(b"\x89PNG\r\n\x1a\nnonsense")
+    limits, silenced = [], []
+    monkeypatch.setattr(resource, "setrlimit", lambda *limit: limits.append(limit))
+    monkeypatch.setattr(os, "dup2", lambda *handles: silenced.append(handles[1]))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    wire = Wire(sound, [blank, bomb, sound[0], broken])
+    with warnings.catch_warnings():
+        inference.work(wire, thumbnails)
+    assert limits[0][0] == resource.RLIMIT_AS
+    assert limits[0][1][0] <= inference.WORKER_BYTES
+    assert silenced == [2]
+    ready, errors, views, block, other_errors, other_views, other_block = wire.sent
+    assert (ready, errors) == (b"ready", b"\0\0")
+    assert [bool(view) for view in views.split(b"\0")] == [thumbnails] * 3
+    expected, _ = inference.fit([inference.read(str(path)) for path in sound], SIZE)
+    assert block == expected.tobytes()
+    reasons = other_errors.decode().split("\0")
+    assert reasons[0] == inference.BLANK
+    assert "too large" in reasons[1]
+    assert reasons[2] == ""
+    assert "Truncated" in reasons[3]
+    assert len(other_views.split(b"\0")) == 4
+    assert other_block == expected[0].tobytes()
 
 
 def test_workers_that_never_start_are_said_so(
