@@ -217,7 +217,7 @@ class SyncedNorm(nn.modules.batchnorm._BatchNorm):
         wide = x.float()
         moments = torch.stack([wide.mean(axes), wide.square().mean(axes)])  # (2, C)
         mean, square = _SumOverRanks.apply(moments) / dist.get_world_size()
-        variance = square - mean.square()
+        variance = (square - mean.square()).clamp(min=0)  # rounding may take it below
         count = x.numel() / x.shape[1] * dist.get_world_size()
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
@@ -231,7 +231,7 @@ def synchronise_norms(net: nn.Module) -> nn.Module:
     """Make every batch norm see the global batch, in place, its weights and names kept."""
     for name, child in net.named_children():
         if isinstance(child, nn.modules.batchnorm._BatchNorm):
-            synced = SyncedNorm(child.num_features)
+            synced = SyncedNorm(child.num_features, device=child.weight.device)
             synced.load_state_dict(child.state_dict())
             setattr(net, name, synced)
         else:
@@ -1169,19 +1169,15 @@ class Checkpoints:
     """Two generations of a run's state beside the weights file: the newest and the one before."""
 
     def __init__(self, out: Path) -> None:
+        self.out = out
         self.newest = out.with_suffix(".checkpoint.pt")
         self.previous = out.with_suffix(".checkpoint.previous.pt")
         self.due = time.monotonic() + CHECKPOINT_SECONDS
 
     def save(self, run: Run) -> None:
-        """Write the state; a disk that is full costs a warning, not the training.
-
-        Raises TrainingError rather than write weights that are not finite over good ones.
-        """
+        """Write the state; a disk that is full costs a warning, not the training."""
         if not run.ranks.first:
             return
-        if not all(tensor.isfinite().all() for tensor in _floats(run.net)):
-            raise diverged("weights are not finite", run.step - 1, run)
         self._sweep()
         try:
             if self.newest.exists():
@@ -1221,9 +1217,10 @@ class Checkpoints:
             path.unlink(missing_ok=True)
 
     def _sweep(self) -> None:
-        """Delete what a process killed while it wrote a checkpoint has left."""
-        for part in self.newest.parent.glob(f".{glob.escape(self.newest.name)}.*.part"):
-            part.unlink(missing_ok=True)
+        """Delete what a process killed while it wrote has left."""
+        for name in (self.out.name, self.newest.name):
+            for part in self.out.parent.glob(f".{glob.escape(name)}.*.part"):
+                part.unlink(missing_ok=True)
 
 
 def _read_checkpoint(path: Path, device: torch.device) -> dict:
@@ -1258,7 +1255,10 @@ class Progress:
         self.bar.set_description(f"epoch {epoch}/{run.config.epochs}")
 
     def report(self) -> None:
-        """Fetch the losses since the last report; they are shown, logged, and must be finite."""
+        """Fetch the losses since the last report, show and log them.
+
+        Raises TrainingError unless they and the weights, that may be saved next, are finite.
+        """
         run = self.run
         first = (run.step - 1) // run.steps_per_epoch * run.steps_per_epoch
         losses = run.losses[max(self.reported, first) - first : run.step - first].tolist()
@@ -1268,6 +1268,8 @@ class Progress:
             if step % REPORT_STEPS == 0:
                 rate = learning_rate(step, run.steps, run.config)
                 self.log.metrics(step, **{"train/loss": loss, "lr": rate})
+        if not all(tensor.isfinite().all() for tensor in _floats(run.net)):
+            raise diverged("weights are not finite", run.step - 1, run)
         self.reported = run.step
         if losses:
             self.bar.set_postfix(loss=f"{losses[-1]:.3f}")
@@ -1309,6 +1311,8 @@ def must_stop(run: Run, stop: Stop) -> bool:
 def finish_epoch(run: Run, validation: Split, seconds: float, log: "Log") -> None:
     """Measure the averaged weights on validation and keep the best; say and log how it went."""
     logits = predict(run.average, validation.images, run.precision)
+    if not logits.isfinite().all():
+        raise diverged("answers on validation are not finite", run.step - 1, run)
     figures = measure(logits, validation.labels)
     epoch = run.step // run.steps_per_epoch
     pictures = run.steps_per_epoch * run.config.batch_size

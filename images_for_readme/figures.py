@@ -147,7 +147,7 @@ def confusion() -> Figure:
     """Show what the shipped weights take for what, and the ten pairs confused most."""
     table = np.array(record("shipped")["confusion"])
     alphabet = strokes.ALPHABET
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 5.6), width_ratios=(5, 2))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 5.4), width_ratios=(5, 2))
     share = 100 * table / table.sum(1, keepdims=True)
     shown = left.imshow(np.where(share > 0, share, np.nan), norm=LogNorm(0.05, 100), cmap="YlGnBu")
     places = range(len(alphabet))

@@ -15,7 +15,6 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
-from contextlib import closing
 from functools import cached_property
 from itertools import permutations
 from pathlib import Path
@@ -99,12 +98,12 @@ class Bench:
         """Read and fit the pictures of every field set, as inference.py does."""
         sets = {}
         for folder in sorted(path for path in self.field_folder.iterdir() if path.is_dir()):
-            listing = inference.find([str(folder)], Counter())
-            with closing(inference.Pool(1, PATIENCE, False)) as pool:
-                pictures = [p for part in pool.run(listing, SIZE) for p in part]
-            if lost := [p for p in pictures if p.error not in ("", inference.BLANK)]:
-                sys.exit(f"{lost[0].path} and {len(lost) - 1} more: {lost[0].error}")
-            sets[folder.name] = pictures
+            paths = [path for path, _ in inference.find([str(folder)], Counter())]
+            images, inked = inference.fit([inference.read(path) for path in paths], SIZE)
+            sets[folder.name] = [
+                inference.Picture(path, image.tobytes(), "" if ink else inference.BLANK)
+                for path, image, ink in zip(paths, images, inked, strict=True)
+            ]
         return sets
 
     def on_field(self, net: CNN.Net) -> dict[str, Answers]:
