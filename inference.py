@@ -646,6 +646,7 @@ def _list(folder: str, passed_over: Counter) -> tuple[list[str], str]:
 CHUNK = 64  # pictures that a worker is sent at a time
 AHEAD = 4 * CHUNK  # pictures taken from the listing per worker, beyond the last one answered
 FLUSH_SECONDS = 0.25  # after which a worker answers what it has and hands back the rest
+REQUEST_BYTES = 2**14  # a pipe takes so many at once, even if the worker doesn't read
 START_SECONDS = 60  # that a worker may take to start
 WORKER_BYTES = 3 * 2**30  # of address space; a picture just under Pillow's bomb limit takes a third
 
@@ -752,7 +753,7 @@ class Worker:
         self.process.start()
         far_end.close()
         self.ready = False
-        self.job: list[tuple[int, str]] = []
+        self.given: deque[list[tuple[int, str]]] = deque()  # the job in hand, and the next
         self.deadline = time.monotonic() + START_SECONDS
 
     def end(self) -> int | None:
@@ -801,20 +802,28 @@ class Pool:
                 self._receive()
 
     def _assign(self) -> None:
-        """Give jobs to idle workers, starting another while there are more jobs than that."""
-        for worker in self.workers:
-            if self.jobs and worker.ready and not worker.job:
-                worker.job = self.jobs.popleft()
-                worker.deadline = time.monotonic() + self.timeout + FLUSH_SECONDS
-                request = [str(self.size).encode()] + [os.fsencode(path) for _, path in worker.job]
-                with suppress(OSError):  # died while idle; _receive finds its connection closed
-                    worker.connection.send_bytes(b"\0".join(request))
+        """Give each worker a job and then the next, so that none waits; start more workers."""
+        for depth in (0, 1):
+            for worker in self.workers:
+                if self.jobs and worker.ready and len(worker.given) == depth:
+                    self._give(worker, self.jobs.popleft())
         if self.jobs and len(self.workers) < self.limit and all(w.ready for w in self.workers):
             self.workers.append(Worker(self.thumbnails))
 
+    def _give(self, worker: Worker, job: list[tuple[int, str]]) -> None:
+        request = b"\0".join([str(self.size).encode(), *(os.fsencode(path) for _, path in job)])
+        if worker.given and len(request) > REQUEST_BYTES:  # would block until the first is done
+            self.jobs.appendleft(job)
+            return
+        if not worker.given:
+            worker.deadline = time.monotonic() + self.timeout + FLUSH_SECONDS
+        worker.given.append(job)
+        with suppress(OSError):  # died while idle; _receive finds its connection closed
+            worker.connection.send_bytes(request)
+
     def _receive(self) -> None:
         """Wait a moment for answers, take them in, replace workers that died or take too long."""
-        busy = {w.connection: w for w in self.workers if w.job or not w.ready}
+        busy = {w.connection: w for w in self.workers if w.given or not w.ready}
         for connection in wait(list(busy), timeout=0.05):
             worker = busy.pop(connection)
             try:
@@ -837,27 +846,29 @@ class Pool:
         block = worker.connection.recv_bytes()
         if len(block) != errors.count("") * self.size**2:
             raise OSError("not an answer")
-        start = 0
-        for (i, path), error, view in zip(worker.job, errors, views, strict=False):
+        start, job = 0, worker.given.popleft()
+        worker.deadline = time.monotonic() + self.timeout + FLUSH_SECONDS
+        for (i, path), error, view in zip(job, errors, views, strict=False):
             end = start if error else start + self.size**2
             self.answered[i] = Picture(path, block[start:end], error, view)
             start = end
-        left, worker.job = worker.job[len(errors) :], []
+        left = job[len(errors) :]
         part = -(-len(left) // self.limit) or 1
         self.jobs.extendleft(left[i : i + part] for i in reversed(range(0, len(left), part)))
 
     def _bury(self, worker: Worker, why: str) -> None:
         """Remove a worker that died or, for the reason given, has to; see to its pictures."""
-        code = worker.end()
+        code, job = worker.end(), worker.given.popleft() if worker.given else []
         self.workers.remove(worker)
+        self.jobs.extendleft(worker.given)
         if not worker.ready:
             self.failed_starts += 1
             if self.failed_starts == 3:
                 raise Halt(f"the processes that read pictures don't start (exit code {code})")
-        elif len(worker.job) > 1:
-            self.jobs.extendleft([numbered] for numbered in reversed(worker.job))
-        elif worker.job:
-            (i, path), cause = worker.job[0], signal.strsignal(-code) if code and code < 0 else code
+        elif len(job) > 1:
+            self.jobs.extendleft([numbered] for numbered in reversed(job))
+        elif job:
+            (i, path), cause = job[0], signal.strsignal(-code) if code and code < 0 else code
             self.answered[i] = Picture(path, b"", why or f"its decoder died ({cause})")
 
     def close(self) -> None:
