@@ -222,7 +222,8 @@ def fit(pictures: list[np.ndarray], size: int) -> tuple[np.ndarray, np.ndarray]:
         ink, inked[indices] = find_ink(np.stack([pictures[i] for i in indices]))
         fine[indices], formed[indices] = _place(ink, FINE * size)
     out = np.empty((len(pictures), size, size), np.float32)
-    out[formed] = fine[formed].reshape(-1, size, FINE, size, FINE).mean((2, 4))
+    mean = np.repeat(np.eye(size, dtype=np.float32) / FINE, FINE, axis=1)  # much quicker so
+    out[formed] = mean @ fine[formed] @ mean.T
     out[~formed] = _even_strokes(fine[~formed])
     out *= 255 / np.maximum(out.max((1, 2), keepdims=True), 1e-3)  # as in EMNIST
     return out.round().astype(np.uint8), inked
@@ -646,7 +647,7 @@ def _list(folder: str, passed_over: Counter) -> tuple[list[str], str]:
 CHUNK = 64  # pictures that a worker is sent at a time
 AHEAD = 4 * CHUNK  # pictures taken from the listing per worker, beyond the last one answered
 FLUSH_SECONDS = 0.25  # after which a worker answers what it has and hands back the rest
-REQUEST_BYTES = 2**14  # a pipe takes so many at once, even if the worker doesn't read
+REQUEST_BYTES = 8000  # a pipe takes so many at once, even if the worker does not read
 START_SECONDS = 60  # that a worker may take to start
 WORKER_BYTES = 3 * 2**30  # of address space; a picture just under Pillow's bomb limit takes a third
 
