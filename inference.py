@@ -214,16 +214,21 @@ def fit(pictures: list[np.ndarray], size: int) -> tuple[np.ndarray, np.ndarray]:
     picture becomes does not depend on the others.
     """
     fine = np.zeros((len(pictures), FINE * size, FINE * size), np.float32)
+    out = np.zeros((len(pictures), size, size), np.float32)
     formed, inked = np.zeros((2, len(pictures)), bool)
     shapes: dict[tuple[int, ...], list[int]] = {}
     for i, picture in enumerate(pictures):
         shapes.setdefault(picture.shape, []).append(i)
-    for indices in shapes.values():
-        ink, inked[indices] = find_ink(np.stack([pictures[i] for i in indices]))
-        fine[indices], formed[indices] = _place(ink, FINE * size)
-    out = np.empty((len(pictures), size, size), np.float32)
-    mean = np.repeat(np.eye(size, dtype=np.float32) / FINE, FINE, axis=1)  # much quicker so
-    out[formed] = mean @ fine[formed] @ mean.T
+    for members in shapes.values():
+        indices = np.array(members)
+        ink, inked[indices] = find_ink(np.stack([pictures[i] for i in members]))
+        formed[indices] = own = _is_formed(ink, size)
+        if own.any():
+            height = ink.shape[1]
+            rows = _averages(np.zeros(1), np.array([height / size]), size, height)[0]
+            out[indices[own]] = rows @ ink[own] @ rows.T
+        if not own.all():
+            fine[indices[~own]] = _place(ink[~own], FINE * size)
     out[~formed] = _even_strokes(fine[~formed])
     out *= 255 / np.maximum(out.max((1, 2), keepdims=True), 1e-3)  # as in EMNIST
     return out.round().astype(np.uint8), inked
@@ -485,38 +490,32 @@ def _dirt(
     return dirt[where]
 
 
-def _place(ink: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and centre the character in pictures (N, H, W): (N, side, side), and which were formed.
+def _is_formed(ink: np.ndarray, size: int) -> np.ndarray:
+    """Say which of (N, H, W) are EMNIST's own, enlarged or not, to be taken as they are.
 
-    EMNIST's own, enlarged or not, are taken as they are: squares of a multiple of their side that
-    hold the character as they do.
+    They are squares of a multiple of EMNIST's side that hold the character as those do.
     """
     _, height, width = ink.shape
-    profiles = ink.max(2), ink.max(1)
-    if height == width and height % (side // FINE) == 0:
-        y, x, longest = _extent(*profiles, FAINT)
-        formed = (longest > FORMED[0] * height) & (longest < FORMED[1] * height)
-        formed &= np.maximum(np.abs(y - height / 2), np.abs(x - width / 2)) < OFFSET * height
-    else:
-        formed = np.zeros(len(ink), bool)
-    y, x, longest = _extent(*profiles, EDGE)
+    if height != width or height % size:
+        return np.zeros(len(ink), bool)
+    y, x, longest = _extent(ink, FAINT)
+    formed = (longest > FORMED[0] * height) & (longest < FORMED[1] * height)
+    return formed & (np.maximum(np.abs(y - height / 2), np.abs(x - width / 2)) < OFFSET * height)
+
+
+def _place(ink: np.ndarray, side: int) -> np.ndarray:
+    """Scale and centre the character in pictures (N, H, W): (N, side, side)."""
+    _, height, width = ink.shape
+    y, x, longest = _extent(ink, EDGE)
     step = longest / (LONGEST * side)  # pixels per pixel of the result
-    out = np.empty((len(ink), side, side), np.float32)
-    if formed.any():
-        rows = _averages(np.zeros(1), np.array([height / side]), side, height)
-        out[formed] = rows @ ink[formed] @ rows.transpose(0, 2, 1)
-    other = ~formed
-    if other.any():
-        step = step[other]
-        rows = _cubic(y[other] - step * side / 2, step, side, height)
-        columns = _cubic(x[other] - step * side / 2, step, side, width)
-        out[other] = rows @ ink[other] @ columns.transpose(0, 2, 1)
-    return out.clip(0, 1), formed
+    rows = _cubic(y - step * side / 2, step, side, height)
+    columns = _cubic(x - step * side / 2, step, side, width)
+    return (rows @ ink @ columns.transpose(0, 2, 1)).clip(0, 1)
 
 
-def _extent(down: np.ndarray, across: np.ndarray, level: float) -> tuple[np.ndarray, ...]:
-    """Return the centre y and x and the longest side, px (N,) each, of ink with such profiles."""
-    (top, bottom), (left, right) = _ends(down, level), _ends(across, level)
+def _extent(ink: np.ndarray, level: float) -> tuple[np.ndarray, ...]:
+    """Return the centre y and x and the longest side of characters (N, H, W), px (N,) each."""
+    (top, bottom), (left, right) = _ends(ink.max(2), level), _ends(ink.max(1), level)
     longest = np.maximum(bottom - top, right - left)
     return (top + bottom) / 2, (left + right) / 2, np.maximum(longest, 1e-3)
 
