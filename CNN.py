@@ -9,7 +9,6 @@ each other; whatever they have to agree on stands here once.
 
 import copy
 import io
-import math
 import os
 import pickletools
 import tempfile
@@ -300,8 +299,9 @@ def _described_net(content: dict) -> Net:
     if not all(isinstance(g, str) and len(g) > 1 and set(g) <= set(alphabet) for g in groups):
         raise ValueError("lookalikes: expected a list of groups of the alphabet's characters")
     for key in ("mean", "std", "temperature"):
-        if not math.isfinite(content[key]) or (key != "mean" and content[key] <= 0):
-            raise ValueError(f"{key} is {content[key]}, expected a finite number above 0")
+        low = -100 if key == "mean" else 0.001
+        if not low <= content[key] <= 100:
+            raise ValueError(f"{key} is {content[key]}, expected {low} to 100")
     if not _is_plain(content["figures"], MAX_DEPTH):
         raise ValueError("figures: expected numbers and words in dicts and lists")
     keys = ("arch", "alphabet", "mean", "std")

@@ -952,6 +952,8 @@ class Classifier:
             images = pixels.view(-1, 1, SIZE, SIZE).to(self.device).to(self.dtype) / 255
             logits = self.net(images)[: len(inks), self.classes] / self.temperature
             top = logits.softmax(1).topk(min(max(2, self.topk), len(self.classes)))
+        if not top.values.isfinite().all():
+            raise Halt("--model: its weights give no finite answers: take others")
         rows = zip(top.indices.tolist(), top.values.tolist(), strict=True)
         return [tuple(zip([self.characters[i] for i in r], p, strict=True)) for r, p in rows]
 
@@ -1069,6 +1071,8 @@ class Output:
         elif resume:
             self._go_on()
         else:
+            if self.partial.exists() and self.partial.stat().st_size:
+                print(f"inference.py: starting anew, not from {self.partial}", file=sys.stderr)
             self.stream = open(self.partial, "wb")  # noqa: SIM115 - closed by finish
         if form == "csv" and not (self.partial and self.stream.tell()):
             self.stream.write(CSV_HEADER.encode())
@@ -1214,8 +1218,9 @@ class Ranks:
     """The processes of one torchrun; alone, without it."""
 
     def __init__(self) -> None:
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.count = int(os.environ.get("WORLD_SIZE", "1"))
+        alone = "TORCHELASTIC_RUN_ID" not in os.environ  # schedulers set RANK for their own ends
+        self.rank = 0 if alone else int(os.environ["RANK"])
+        self.count = 1 if alone else int(os.environ["WORLD_SIZE"])
 
     def answers(
         self,
@@ -1317,9 +1322,18 @@ def run(args: argparse.Namespace) -> int:
     for name in args.input:
         if not os.path.lexists(name):
             raise Halt(f"--input {escaped(name)}: no such file or folder")
+    taken = {os.path.realpath(args.model)} | {
+        os.path.realpath(name) for name in args.input if not os.path.isdir(name)
+    }
     for file, flag in ((args.output, "--output"), (args.report, "--report")):
         if file:
             partial(file, flag)  # before anything is begun
+            inside = file.suffix.lower() in SUFFIXES and file.exists()
+            if inside or os.path.realpath(file) in taken:
+                raise Halt(
+                    f"{flag} {escaped(str(file))}: would replace what is read: choose another"
+                )
+            taken.add(os.path.realpath(file))
     with ThreadPoolExecutor(1) as beside, ExitStack() as stack:
         pool = beside.submit(Pool, args.workers, args.timeout, bool(args.report))
         stack.callback(lambda: pool.result().close())
@@ -1378,7 +1392,12 @@ def load_net(path: Path, device: str) -> "CNN.Net":
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
+    if sys.stderr is None:  # closed by whoever started this
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - to the end
     args = parse(arguments)
+    if sys.stdout is None and not args.output:
+        print("inference.py: stdout is closed: name a file with --output", file=sys.stderr)
+        return 2
     signal.signal(signal.SIGTERM, _stop)
     try:
         return run(args)

@@ -77,7 +77,7 @@ def say(line: str) -> None:
 
 
 def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))  # torchrun sets it
+    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
 
 
 # Configuration
@@ -1155,9 +1155,10 @@ def take_step(run: Run, images: Tensor, labels: Tensor) -> None:
 
 def diverged(what: str, step: int, run: Run) -> TrainingError:
     rate = learning_rate(step, run.steps, run.config)
+    kept = Checkpoints(run.config.out).newest
+    before = f"; {kept} is from before" if kept.exists() else ""
     return TrainingError(
-        f"{what} at step {step}, learning rate {rate:.3g}; a checkpoint beside {run.config.out} is "
-        "from before: train anew with a lower --lr"
+        f"{what} at step {step}, learning rate {rate:.3g}{before}: train anew with a lower --lr"
     )
 
 
@@ -1170,8 +1171,8 @@ class Checkpoints:
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self.newest = out.with_suffix(".checkpoint.pt")
-        self.previous = out.with_suffix(".checkpoint.previous.pt")
+        self.newest = out.with_name(out.name.removesuffix(".pt") + ".checkpoint.pt")
+        self.previous = out.with_name(out.name.removesuffix(".pt") + ".checkpoint.previous.pt")
         self.due = time.monotonic() + CHECKPOINT_SECONDS
 
     def save(self, run: Run) -> None:
