@@ -184,7 +184,7 @@ def sizes() -> Figure:
     for key, text in lines.items():
         axes.plot([row["px"] for row in rows], [row[key] for row in rows], marker="o", label=text)
     axes.set(xlabel="side of the picture, px", ylabel="right, %",
-             title=f"Test pictures shrunk and saved so; n = {kept['data']}")  # fmt: skip
+             title=f"Test pictures shrunk and saved so; n = {kept['n']:,}")  # fmt: skip
     axes.set_xticks([row["px"] for row in rows])
     axes.legend(loc="lower right")
     return figure

@@ -208,8 +208,13 @@ def sizes(bench: Bench) -> dict:
             "origin_net_our_fit": answer(origin, fitted, labels, inked),
         }
         rows.append({k: v if k == "px" else v.accuracy() for k, v in row.items()})
-    shrunk = f"Pillow's resize, bicubic; every {ONE_IN}th of them, {len(labels):,}"
-    return {"shrunk_by": shrunk, "origin": ORIGIN_WAY, "rows": rows}
+    return {
+        "data": f"every {ONE_IN}th of {bench.describe('test')}",
+        "n": len(labels),
+        "shrunk_by": "Pillow's resize, bicubic",
+        "origin": ORIGIN_WAY,
+        "rows": rows,
+    }
 
 
 def fit(pictures: list[Image.Image]) -> tuple[Tensor, Tensor]:

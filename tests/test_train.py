@@ -879,7 +879,8 @@ def test_loss_that_is_not_finite_is_named_and_the_good_state_kept(
 def test_training_that_diverges_never_saves_what_became_of_it(run_main, tmp_path, lr, what):
     flags = ["--optimizer", "sgd", "--lr", lr, "--precision", "float32", "--epochs", 2]
     error = the_error(run_main(*flags, "--batch-size", 128))  # one step an epoch, its loss finite
-    assert error.startswith(f"{what} are not finite at step 0, learning rate {float(lr) / 5:.3g}; ")
+    rate = f"{float(lr) / 5:.3g}"
+    assert error.startswith(f"{what} are not finite at step 0, learning rate {rate}: train anew")
     assert list(tmp_path.iterdir()) == []
 
 
