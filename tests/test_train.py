@@ -384,14 +384,14 @@ def test_calibration_error_of_hand_made_cases():
 
 
 def test_calibration_error_is_what_a_slow_loop_finds():
-    logits, labels = random_answers(1000)
-    chances = logits.double().softmax(1)
-    bins: list[list[tuple[float, bool]]] = [[] for _ in range(15)]
-    for row, label in zip(chances, labels, strict=True):
-        confidence, answer = row.max(0)
-        bins[min(14, int(confidence * 15))].append((confidence.item(), bool(answer == label)))
-    expected = sum(abs(sum(c - right for c, right in content)) for content in bins) / 1000
-    assert train.calibration_error(logits, labels) == pytest.approx(expected, abs=1e-6)
+    random = np.random.default_rng(1)
+    confidences = random.uniform(0.5, 1, 3000).tolist()
+    right = (random.random(3000) < 0.75).tolist()  # the lower ones are too low, others too high
+    bins: list[list[float]] = [[] for _ in range(15)]
+    for confidence, answer in zip(confidences, right, strict=True):
+        bins[int(confidence * 15)].append(confidence - answer)
+    expected = sum(abs(sum(gaps)) for gaps in bins) / 3000
+    assert train.calibration_error(*confident(confidences, right)) == pytest.approx(expected, 1e-4)
 
 
 @pytest.mark.parametrize("truth", [0.5, 1.0, 2.0])
@@ -593,6 +593,9 @@ def test_best_epoch_by_validation_is_kept_and_all_is_logged(tiny_emnist, tmp_pat
     for part in ("validation", "test"):  # no digit is held out: nan
         assert results[part] == pytest.approx(net.figures[part], rel=0, abs=0, nan_ok=True)
     assert results["validation"]["nll"] <= best["nll"]  # by the temperature
+    test = train.read_emnist(tiny_emnist, train=False)
+    logits = train.predict(net, test.images, CNN.mixed_precision(CPU)) / net.temperature
+    assert results["test"] == pytest.approx(train.measure(logits, test.labels), rel=1e-3)
     assert np.sum(results["confusion"]) == 72
 
     log = Recorder.last

@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train
 from CNN import ORIGIN, Net
 
-
 # train.py's settings for a short run of the same net, all the pictures seen once
 SHORT = {"arch": "run8", "batch_size": 128, "warmup": 60, "augment": "none", "ema": 0.98}
 
