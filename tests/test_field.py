@@ -1,0 +1,52 @@
+"""Real pictures by other hands: what the shipped weights and the fit must reach on them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import CNN
+
+ROOT = Path(__file__).resolve().parents[1]
+FIELD = ROOT.parent / "shared" / "field"
+BARS = (89.0, 91.5, 93.0)  # mean of sets: all; 0/O and 1/I/L merged; the set's alphabet known
+LOWEST = 85.0  # of any set, its alphabet known
+MERGED = str.maketrans("OIL", "011")
+
+
+@pytest.mark.skipif(not FIELD.is_dir(), reason=f"needs the field sets, {FIELD}")
+def test_field_sets_reach_the_bars() -> None:
+    command = [sys.executable, "inference.py", "--format", "json", "--topk", "36", "--input"]
+    run = subprocess.run(
+        [*command, str(FIELD)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    sets: dict[str, list[tuple[str, list[str]]]] = {}
+    for line in run.stdout.splitlines():
+        answer = json.loads(line)
+        path = Path(answer["path"])
+        ranked = [answer["character"], *answer["alternatives"]]
+        sets.setdefault(path.parts[-3], []).append((path.parent.name, ranked))
+    assert len(sets) == 8
+    scores = {name: score(answers) for name, answers in sets.items()}
+    mean = np.mean(list(scores.values()), axis=0)
+    assert (mean >= BARS).all(), scores
+    assert min(known for *_, known in scores.values()) >= LOWEST, scores
+
+
+def score(answers: list[tuple[str, list[str]]]) -> tuple[float, float, float]:
+    """Return per cent right as ../shared/field/score.py does, from characters ranked by doubt."""
+    labels = {label for label, _ in answers}
+    parts = (CNN.ALPHABET[:10], CNN.ALPHABET[10:], CNN.ALPHABET)
+    alphabet = next(part for part in parts if labels <= set(part))
+    right = [
+        (
+            ranked[0] == label,
+            ranked[0].translate(MERGED) == label.translate(MERGED),
+            next(c for c in ranked if c in alphabet) == label,
+        )
+        for label, ranked in answers
+    ]
+    return tuple(100 * np.mean(right, axis=0))
