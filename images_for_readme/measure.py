@@ -38,7 +38,6 @@ from CNN import ALPHABET, SIZE  # noqa: E402
 MODEL = HERE.parent / "model.pt"
 NOBODY = ("0O", "1IL")  # what score.py counts as one character each
 SIDES = (28, 20, 14, 10, 8, 7)  # px, to which test pictures are shrunk
-PATIENCE = 600  # seconds for a picture, as the machine may have other work
 TOLERANCE = 0.3  # per cent, between float32 here and the device's arithmetic in inference.py
 ONE_IN = 4  # of the test pictures are shrunk: six sizes of all would take ten minutes
 THRESHOLDS = [i / 100 for i in range(100)] + [0.995, 0.999]  # of --min-confidence
