@@ -16,8 +16,8 @@ import torch.distributed as dist
 import train
 
 # 8 steps an epoch on 138 pictures; signals are heeded at steps 50 and 100 of 104
-FLAGS = ["--batch-size", 16, "--epochs", 13, "--warmup", 10, "--optimizer", "sgd", "--lr", 1e-3]
-FLAGS += ["--dropout", 0, "--augment", "none", "--precision", "float32", "--device", "cpu"]
+FLAGS = ["--arch", "run1", "--batch-size", 16, "--epochs", 13, "--warmup", 10, "--dropout", 0]
+FLAGS += ["--augment", "none", "--precision", "float32", "--device", "cpu"]
 WATCH = """
 import os, shutil, sys
 
@@ -81,7 +81,7 @@ def test_two_ranks_reach_the_weights_of_one_process(two_ranks, tiny_emnist, monk
     """After an epoch, and against one process in float64.
 
     In float32 rounding decides now and then which pixel a pooling takes, and each such change moves
-    a gradient by 1 / sqrt(150,000 windows): the paths part slowly. Torch's own batch norm rounds
+    a gradient by 1 / sqrt(windows): the paths part slowly. Torch's own batch norm rounds 100 to
     1,000 times coarser than ours, so that float32 in one process would be the worse measure.
     """
     net = train.Net
@@ -102,7 +102,7 @@ def test_two_ranks_reach_the_weights_of_one_process(two_ranks, tiny_emnist, monk
         for name, tensor in exact.state_dict().items():
             distance = (ours[name] - tensor).double().norm()
             path = (start[name] - tensor).double().norm()
-            assert distance <= (1e-3 if "running" in name else 2e-2) * path, name
+            assert distance <= (1e-4 if "running" in name else 1e-2) * path, name
 
 
 def test_one_rank_writes_and_talks(two_ranks):
@@ -232,9 +232,9 @@ def test_synced_norm_of_one_rank_is_torchs(group_of_one, shape):
     torch.testing.assert_close(ours.eval()(images), theirs.eval()(images))
 
 
-def test_synced_norm_of_a_constant_is_finite(group_of_one):
-    norm = train.synchronise_norms(torch.nn.Sequential(torch.nn.BatchNorm1d(3)))
-    images = torch.full((64, 3), 1000.1, requires_grad=True)
+def test_synced_norm_of_constants_is_finite(group_of_one):
+    norm = train.synchronise_norms(torch.nn.Sequential(torch.nn.BatchNorm1d(100)))
+    images = torch.linspace(1000, 1100, 100).repeat(64, 1).requires_grad_()
     norm(images).sum().backward()
     assert images.grad.isfinite().all()
     assert norm(images).isfinite().all()
