@@ -14,6 +14,7 @@ import pickletools
 import tempfile
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -27,6 +28,7 @@ SIZE = 28  # px, side of the square pictures the net reads
 MEAN, STD = 0.1736, 0.3317  # of EMNIST's pixels in [0, 1], digits and letters together
 DROPOUT = 0.28  # the origin's
 ORIGIN = {"mean": 0.1307, "std": 0.3081}  # the origin normalised as for MNIST
+INT8_DEVIATIONS = 6  # above its mean, where a channel is taken to end; Nagel et al. 2019
 MAX_FILE_BYTES = 256 * 2**20  # far above any weights of ours; a larger file is not read
 MAX_PICKLE_BYTES = 32 * 2**10  # of what lists the tensors; ours has 4 KiB
 MAX_ENTRIES = 1000  # of an archive; ours has 41
@@ -152,6 +154,80 @@ def _sequence(
         else:
             raise ValueError(f"no layer called {word!r}")
     return nn.Sequential(*layers)
+
+
+class Int8Net(nn.Module):
+    """A net in 8-bit integers, for CPUs with instructions for them: twice as fast as in bfloat16.
+
+    Takes pictures as they are stored, (N, 1, 28, 28) uint8, returns logits (N, classes) float32.
+    Weights are rounded to 255 levels per channel, activations to 256 from 0 to where batch norm
+    lets expect their end, so that no pictures are needed to find it. Sources: Jacob et al. 2018,
+    arXiv 1712.05877; Nagel et al. 2019, arXiv 1906.04721. Raises ValueError for other nets.
+    """
+
+    def __init__(self, net: Net) -> None:
+        super().__init__()
+        if not runs_in_int8(net):
+            raise ValueError(f"net {net.arch} doesn't run in 8-bit integers here")
+        self.layers: list[Callable[[Tensor], Tensor]] = []
+        fused = net.fused()
+        example = torch.zeros(64, 1, SIZE, SIZE, dtype=torch.uint8)
+        step, zero = 1 / 255 / net.std, round(255 * net.mean)  # of 1, and the level of 0
+        for part in ("layer1", "layer2", "fc1"):
+            for i, layer in enumerate(getattr(fused, part)):
+                if isinstance(layer, nn.MaxPool2d):
+                    self.layers.append(_pool_int8)
+                elif isinstance(layer, (nn.Conv2d, nn.Linear)):
+                    norm = getattr(net, part)[i + 1]
+                    end = (norm.bias + INT8_DEVIATIONS * norm.weight.abs()).max().item()
+                    result = max(end, 1e-6) / 255
+                    self.layers.append(_int8(layer, step, zero, result, example.shape))
+                    step, zero = result, 0
+                else:
+                    continue  # ReLU is part of the layers, the others do nothing
+                example = self.layers[-1](example)
+        self.step, self.fc2 = step, fused.fc2
+
+    def forward(self, images: Tensor) -> Tensor:
+        for layer in self.layers:
+            images = layer(images)
+        return self.fc2(images.float() * self.step)
+
+
+def runs_in_int8(net: Net) -> bool:
+    """Tell whether `Int8Net` can run a net: on a CPU with VNNI, every layer with its norm."""
+    form, native = ARCHITECTURES[net.arch], torch.cpu._is_vnni_supported()
+    if not native or net.fc2.weight.device.type != "cpu" or not 0 <= net.mean <= 1:
+        return False
+    normed = (form.block, form.head) == (_BLOCK, _HEAD)
+    return normed and all(tensor.isfinite().all() for tensor in net.fused().parameters())
+
+
+def _int8(
+    layer: nn.Conv2d | nn.Linear, step: float, zero: int, result: float, shape: torch.Size
+) -> Callable[[Tensor], Tensor]:
+    """Return a layer with ReLU as a function from uint8 to uint8.
+
+    step, zero: of the input, what one level is and which level is 0; result: the step of the
+    output. shape: of the input, so that the weights are laid out for it.
+    """
+    ops, weight = torch.ops.onednn, layer.weight
+    steps = weight.abs().flatten(1).amax(1).clamp(min=1e-9) / 127  # (outputs,)
+    levels = (weight / steps.view(-1, *[1] * (weight.dim() - 1))).round().to(torch.int8)
+    scales = (steps, torch.zeros_like(steps, dtype=torch.int32), layer.bias)
+    after = (result, 0, torch.uint8, "relu", [], "")
+    if isinstance(layer, nn.Linear):
+        packed = ops.qlinear_prepack(levels, [shape[0], layer.in_features])
+        return lambda x: ops.qlinear_pointwise(x.flatten(1), step, zero, packed, *scales, *after)
+    form = (layer.stride, layer.padding, layer.dilation, layer.groups)
+    packed = ops.qconv_prepack(levels, steps, step, zero, *form, shape)
+    return lambda x: ops.qconv_pointwise(x, step, zero, packed, *scales, *form, *after)
+
+
+def _pool_int8(x: Tensor) -> Tensor:
+    """Take the maximum of each 2x2 pixels, (N, C, H, W); torch's pooling knows no uint8."""
+    rows = torch.maximum(x[:, :, ::2], x[:, :, 1::2])
+    return torch.maximum(rows[..., ::2], rows[..., 1::2])
 
 
 def mixed_precision(device: torch.device) -> torch.dtype:

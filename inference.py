@@ -17,6 +17,7 @@ stderr. Exit code: 0 all answered, 1 some could not be, 2 wrong usage, 130 inter
 import argparse
 import base64
 import csv
+import gc
 import io
 import json
 import multiprocessing
@@ -44,6 +45,8 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 if TYPE_CHECKING:
+    import torch
+
     import CNN
 
 FORMATS = {  # read by Pillow's own code alone; EPS, PDF and the like, which start programs, are not
@@ -127,10 +130,9 @@ def _upright(picture: Image.Image) -> Image.Image:
     """Turn the picture as its EXIF orientation says."""
     if not picture.info:  # no EXIF there
         return picture
-    try:
-        return ImageOps.exif_transpose(picture)
-    except Exception:  # a damaged EXIF block says nothing about the picture
-        return picture
+    with suppress(Exception):  # a damaged EXIF block says nothing about the picture
+        ImageOps.exif_transpose(picture, in_place=True)
+    return picture
 
 
 def to_grey(picture: Image.Image) -> np.ndarray:
@@ -153,13 +155,12 @@ def to_grey(picture: Image.Image) -> np.ndarray:
     red, green, blue = colours[..., 0], colours[..., 1], colours[..., 2]
     if np.array_equal(red, green) and np.array_equal(green, blue):
         return red
-    points = colours.reshape(-1, 3).astype(np.float32)
-    sample = points[:: 1 + len(points) // 4096]
-    sample = sample - sample.mean(0)
-    _, axes = np.linalg.eigh(sample.T @ sample)
+    points = colours.reshape(-1, 3)
+    sample = np.ascontiguousarray(points[:: 1 + len(points) // 4096].T, np.float32)
+    sample -= sample.mean(1, keepdims=True)
+    _, axes = np.linalg.eigh(sample @ sample.T)
     axis = axes[:, -1] * np.sign(axes[:, -1].sum() or 1) / np.abs(axes[:, -1]).sum()
-    values = points @ axis.astype(np.float32) - 255 * np.minimum(axis, 0).sum()
-    return (values + 0.5).clip(0, 255).astype(np.uint8).reshape(colours.shape[:2])
+    return np.asarray(picture.convert("L", (*axis.tolist(), -255 * np.minimum(axis, 0).sum())))
 
 
 def _on_paper(picture: Image.Image) -> Image.Image:
@@ -321,7 +322,8 @@ def _flatten(greys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     flat = small.reshape(len(small), -1, 1)
     surface = _surface(*small.shape[1:])
     terms = surface.T @ flat
-    skew = ((flat - surface @ terms) ** 3).mean((1, 2))  # ink is the rarer side
+    rest = flat - surface @ terms
+    skew = (rest * rest * rest).mean((1, 2))  # ink is the rarer side
     trend = surface[:, :3] @ terms[:, :3]
     sign = np.where(skew < 0, -1, 1)[:, None, None].astype(np.float32)
     trend = sign * trend.reshape(small.shape)
@@ -356,10 +358,11 @@ def _running(function: np.ufunc, values: np.ndarray, reach: int, axis: int) -> n
     """Return the minimum or maximum over the window of `reach` pixels to both sides."""
     pad = [(0, 0)] * 3
     pad[axis] = (reach, reach)
-    padded = np.moveaxis(np.pad(values, pad, mode="edge"), axis, 0)
-    out = padded[: values.shape[axis]].copy()
-    for shift in range(1, 2 * reach + 1):
-        function(out, padded[shift : shift + len(out)], out=out)
+    out, span, window = np.moveaxis(np.pad(values, pad, mode="edge"), axis, 0), 1, 2 * reach + 1
+    while span < window:  # each element stands for `span` pixels from its own on
+        step = min(span, window - span)
+        out = function(out[:-step], out[step:])
+        span += step
     return np.moveaxis(out, 0, axis)
 
 
@@ -648,6 +651,11 @@ AHEAD = 4 * CHUNK  # pictures taken from the listing per worker, beyond the last
 FLUSH_SECONDS = 0.25  # after which a worker answers what it has and hands back the rest
 REQUEST_BYTES = 8000  # a pipe takes so many at once, even if the worker does not read
 START_SECONDS = 60  # that a worker may take to start
+WORKER_ENVIRONMENT = {
+    "OPENBLAS_NUM_THREADS": "1",  # numpy's threads; the processes are enough
+    "MALLOC_MMAP_THRESHOLD_": str(2**26),  # glibc's: keep freed memory rather than give it back and
+    "MALLOC_TRIM_THRESHOLD_": str(2**27),  # ask for it again with every batch, a page fault each
+}
 WORKER_BYTES = 3 * 2**30  # of address space; a picture just under Pillow's bomb limit takes a third
 
 
@@ -734,7 +742,8 @@ def _reason(error: Exception) -> str:
 @cache
 def _context() -> multiprocessing.context.BaseContext:
     """Return the quickest way to start processes that doesn't copy this one, threads and all."""
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's, in each of the processes
+    for name, value in WORKER_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     with suppress(ValueError, FileNotFoundError):  # Windows; a system with no writable folder
         context = multiprocessing.get_context("forkserver")
         tempfile.gettempdir()  # where the server has its socket
@@ -904,21 +913,13 @@ class Classifier:
     """A net made ready to answer, out of the characters of `alphabet`."""
 
     def __init__(self, net: "CNN.Net", alphabet: str, topk: int, minimum: float) -> None:
-        import torch
-
-        import CNN
 
         self.device = net.fc2.weight.device
         self.characters = parse_alphabet(alphabet, net.alphabet)
         self.classes = [net.alphabet.index(character) for character in self.characters]
         self.temperature, self.topk, self.minimum = net.temperature, topk, minimum
         self.lookalikes = {a + b: g for g in net.lookalikes for a, b in permutations(g, 2)}
-        self.dtype = torch.float32
-        if self.device.type == "cpu":
-            self.dtype = CNN.mixed_precision(self.device)
-        self.net = net.fused().to(self.dtype, memory_format=torch.channels_last)
-        self.net.fc2.float()  # the full resolution for probabilities
-        self.net.fc2.register_forward_pre_hook(lambda layer, inputs: inputs[0].float())
+        self.logits = quickest(net)
 
     def answer(self, pictures: list[Picture]) -> list[Result]:
         """Classify pictures; those with an error keep it."""
@@ -949,13 +950,29 @@ class Classifier:
         padding = bytes(-len(inks) % BLOCK * SIZE**2)
         pixels = torch.frombuffer(bytearray(b"".join([*inks, padding])), dtype=torch.uint8)
         with torch.inference_mode():
-            images = pixels.view(-1, 1, SIZE, SIZE).to(self.device).to(self.dtype) / 255
-            logits = self.net(images)[: len(inks), self.classes] / self.temperature
+            images = pixels.view(-1, 1, SIZE, SIZE).to(self.device)
+            logits = self.logits(images)[: len(inks), self.classes] / self.temperature
             top = logits.softmax(1).topk(min(max(2, self.topk), len(self.classes)))
         if not top.values.isfinite().all():
             raise Halt("--model: its weights give no finite answers: take others")
         rows = zip(top.indices.tolist(), top.values.tolist(), strict=True)
         return [tuple(zip([self.characters[i] for i in r], p, strict=True)) for r, p in rows]
+
+
+def quickest(net: "CNN.Net") -> Callable[["torch.Tensor"], "torch.Tensor"]:
+    """Return a net as a function from ink (N, 1, 28, 28) uint8 to logits, fit for its device."""
+    import torch
+
+    import CNN
+
+    if CNN.runs_in_int8(net):
+        return CNN.Int8Net(net)
+    device = net.fc2.weight.device
+    dtype = CNN.mixed_precision(device) if device.type == "cpu" else torch.float32
+    fused = net.fused().to(dtype, memory_format=torch.channels_last)
+    fused.fc2.float()  # the full resolution for probabilities
+    fused.fc2.register_forward_pre_hook(lambda layer, inputs: inputs[0].float())
+    return lambda images: fused(images.to(dtype) / 255)
 
 
 def parse_alphabet(text: str, known: str) -> str:
@@ -1294,7 +1311,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--output", type=Path, metavar="FILE", help="where results go instead of stdout")
     add("--resume", action="store_true", help="go on where a run with this --output was cut short")
     add("--report", type=Path, metavar="FILE", help="a page for going through the pictures by eye")
-    add("--batch-size", type=count, default=128, metavar="N", help="of the net [%(default)s]")
+    add("--batch-size", type=count, default=64, metavar="N", help="of the net [%(default)s]")
     add("--workers", type=count, default=share, metavar="N", help="to read [one per core]")
     add("--timeout", type=seconds, default=30, metavar="S", help="per picture [%(default)s s]")
     args = parser.parse_args(arguments)
@@ -1339,6 +1356,7 @@ def run(args: argparse.Namespace) -> int:
         stack.callback(lambda: pool.result().close())
         net = load_net(args.model, args.device)  # torch is imported while the pool starts
         classifier = Classifier(net, args.alphabet, args.topk, args.min_confidence)
+        gc.freeze()  # nothing of torch is looked through again
         return answer_all(args, pool.result(), classifier, Ranks())
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import strokes
 import torch
 from torch import nn
 
@@ -210,6 +211,60 @@ def test_fused_net_is_the_same_net(arch: str) -> None:
     if any(pair in words for pair in follows):
         count = [sum("Norm" in type(m).__name__ for m in n.modules()) for n in (fused, net)]
         assert count[0] < count[1]
+
+
+# In 8-bit integers
+
+VNNI = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="this CPU has no VNNI")
+
+
+@VNNI
+@pytest.mark.parametrize("zero", [0, 44])
+@pytest.mark.parametrize("kind", ["conv", "linear"])
+def test_int8_layers_do_the_arithmetic_of_float(kind: str, zero: int) -> None:
+    torch.manual_seed(SEED)
+    layer = nn.Conv2d(3, 8, 3, padding=1) if kind == "conv" else nn.Linear(75, 8)
+    layer.requires_grad_(False)
+    steps = layer.weight.abs().flatten(1).amax(1).view(-1, *[1] * (layer.weight.dim() - 1)) / 127
+    layer.weight.div_(steps).round_().mul_(steps)  # so that rounding them changes nothing
+    levels = torch.randint(0, 256, (16, 3, 5, 5), dtype=torch.uint8)
+    inputs = (levels.float() - zero) * 0.01
+    expected = layer(inputs if kind == "conv" else inputs.flatten(1)).relu()
+    found = CNN._int8(layer, 0.01, zero, 0.02, levels.shape)(levels)
+    torch.testing.assert_close(found.float() * 0.02, expected.clamp(max=5.1), rtol=0, atol=0.0101)
+
+
+def test_int8_pooling_is_max_pooling() -> None:
+    levels = torch.randint(0, 256, (4, 3, 6, 6), dtype=torch.uint8)
+    pooled = nn.functional.max_pool2d(levels.float(), 2)
+    assert torch.equal(CNN._pool_int8(levels).float(), pooled)
+
+
+@VNNI
+def test_int8_answers_are_those_of_float(root: Path) -> None:
+    net = CNN.load(root / "model.pt")
+    drawn = [strokes.emnist_picture(c, strokes.hand(i), form=i) for i in range(9) for c in ALPHABET]
+    images = torch.from_numpy(np.stack(drawn)).unsqueeze(1)  # (324, 1, 28, 28)
+    with torch.inference_mode():
+        logits, expected = CNN.Int8Net(net)(images), net(images / 255)
+    probabilities, sure = logits.softmax(1), expected.softmax(1)
+    assert (probabilities - sure).abs().max() < 0.1
+    assert (probabilities - sure).abs().amax(1).mean() < 0.01
+    doubtful = sure.topk(2).values.diff().abs().squeeze(1) < 0.1
+    assert ((logits.argmax(1) == expected.argmax(1)) | doubtful).all()
+    assert doubtful.float().mean() < 0.1
+
+
+@VNNI
+def test_int8_is_left_alone_where_it_would_be_wrong() -> None:
+    good, overflowing, dark = Net(), Net(), Net(mean=-1.0)
+    overflowing.layer1[0].weight.data.fill_(1e38)
+    overflowing.layer1[1].running_var.zero_()
+    assert CNN.runs_in_int8(good)
+    for net in (Net("run1"), Net("run8"), overflowing, dark):
+        assert not CNN.runs_in_int8(net)
+        with pytest.raises(ValueError, match="8-bit"):
+            CNN.Int8Net(net)
 
 
 # The weights file
