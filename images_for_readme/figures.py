@@ -120,21 +120,23 @@ def optimizers() -> Figure:
         rates = sorted(grid)
         errors = [wrong(grid[rate])[-1] for rate in rates]
         left.plot(rates, errors, marker="o", markersize=4, label=text)
-        best = min(rates, key=lambda rate: min(e["nll"] for e in grid[rate]["history"]))
-        runs = [grid[best], *map(record, kept(f"fair-{optimizer}-*"))]
+        runs = [record(name) for name in kept(f"fair-{optimizer}-*")]
         tested = [run["test"]["accuracy"] for run in runs]
         right.plot(tested, [row] * len(tested), "o", color=COLOURS[row], markersize=5)
-        right.text(np.mean(tested), row - 0.22, f"{np.mean(tested):.1f} % at {best:g}",
+        right.text(np.mean(tested), row - 0.22, f"{np.mean(tested):.1f} % at {runs[0]['settings']['lr']:g}",
                    ha="center", va="bottom", fontsize=8)  # fmt: skip
         origin = record(ORIGIN_RUNS[optimizer])
         right.plot(origin["test"]["accuracy"], row, "x", color=COLOURS[row], markersize=6)
-    settings, size = runs[0]["settings"], runs[0]["data"].split(":")[1].split(" pictures")[0]
+    short, fair = (
+        f"{run['settings']['epochs']} epochs of {run['data'].split(': ')[1].split(' to')[0]}"
+        for run in (grid[rates[0]], runs[0])
+    )
     left.set(xscale="log", yscale="log", xlabel="learning rate (logarithmic)",
              ylabel="wrong on validation, %",
-             title=f"Net run1, {settings['epochs']} epochs of{size} pictures")  # fmt: skip
+             title=f"Net run1, {short}")  # fmt: skip
     log_ticks(left.yaxis, (10, 15, 20, 30, 50, 90))
     left.legend()
-    right.set(xlabel="right on test, %; dots: seeds at the best rate\n"
+    right.set(xlabel=f"right on test, %; dots: seeds, {fair}\n"
               "crosses: 5 epochs of all pictures at the origin's rate",
               yticks=range(len(OPTIMIZERS)), yticklabels=OPTIMIZERS.values(),
               title="Each at its own best rate (n = 30,400)")  # fmt: skip

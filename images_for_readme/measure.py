@@ -116,6 +116,14 @@ def answer(net: CNN.Net, images: Tensor, labels: Tensor, inked: Tensor | None = 
     return Answers(logs, labels, torch.ones_like(labels) > 0 if inked is None else inked)
 
 
+def answer_in_int8(net: CNN.Net, images: Tensor) -> Tensor:
+    """Return calibrated logits as inference.py computes them on a CPU with VNNI."""
+    quick = CNN.Int8Net(net)
+    with torch.inference_mode():
+        parts = images.unsqueeze(1).split(train.EVALUATION_BATCH)
+        return torch.cat([quick(part) for part in parts]) / net.temperature
+
+
 def answer_pictures(net: CNN.Net, pictures: list[inference.Picture]) -> Answers:
     """Classify what inference.py made of files in folders named after their character."""
     inks = b"".join(picture.ink or bytes(SIZE**2) for picture in pictures)
@@ -139,6 +147,7 @@ def shipped(bench: Bench) -> dict:
         "lookalikes": bench.net.lookalikes,
         "validation": bench.net.figures["validation"],
         "test": train.measure(logits, labels),
+        "test_int8": train.measure(answer_in_int8(bench.net, bench.test.images), labels),
         "confusion": train.confuse(logits, labels).tolist(),
     }
 

@@ -49,10 +49,10 @@ NINE = {
 SMALL = {"one_in": 6, "epochs": 2, "warmup": 100, "precision": "auto"}
 SHORT = {"one_in": 4, "epochs": 4, "warmup": 100, "precision": "auto"}
 GRID = {  # learning rates tried for each optimizer, SMALL runs, judged on validation
-    "sgd": (3e-3, 1e-2, 3e-2, 1e-1),
+    "sgd": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
     "adagrad": (3e-3, 1e-2, 3e-2, 1e-1),
-    "adam": (3e-4, 1e-3, 3e-3, 1e-2),
-    "adamw": (3e-4, 1e-3, 3e-3, 1e-2),
+    "adam": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+    "adamw": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
 }
 # From the recipe of Runs 8 and 9 to the default, one change after another, each kept; SHORT runs.
 STEPS = {
