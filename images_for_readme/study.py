@@ -54,7 +54,7 @@ GRID = {  # learning rates tried for each optimizer, SMALL runs, judged on valid
     "adam": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
     "adamw": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
 }
-# From the recipe of Runs 8 and 9 to the default, one change after another, each kept; SHORT runs.
+# From the recipe of Runs 8 and 9 to the default, one change after another, each kept.
 STEPS = {
     "0-origin": {},
     "1-schedule": {"schedule": "cosine", "lr": 1e-3},
@@ -81,7 +81,7 @@ def plan() -> dict[str, dict]:
     runs["origin-short"] = runs["run8"] | {"epochs": 2, "precision": "auto"}
     runs |= {f"run8-{seed}": runs["run8"] | {"seed": seed} for seed in SEEDS[1:]}
     for seed in SEEDS:
-        settings = runs["run8"] | SHORT
+        settings = runs["run8"] | SHORT | {"epochs": 3}
         for name, changes in STEPS.items():
             settings = settings | changes
             runs[f"step-{name}-{seed}"] = settings | {"seed": seed}
