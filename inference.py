@@ -81,8 +81,8 @@ def read(path: str) -> np.ndarray:
     return to_grey(load(path))
 
 
-def load(path: str) -> Image.Image:
-    """Read a picture upright, in mode L, RGB, RGBA, I or F, reduced to working resolution.
+def load(path: str, side: int = WORKING_SIDE) -> Image.Image:
+    """Read a picture upright, in mode L, RGB, RGBA, I or F, reduced to `side` px or somewhat more.
 
     Of an animation, the first frame. Pipes, sockets and devices are refused without being opened.
     Raises OSError, ValueError or whatever else Pillow raises for bytes that are no sound picture.
@@ -94,10 +94,10 @@ def load(path: str) -> Image.Image:
         if not stat.S_ISREG(os.fstat(handle).st_mode):  # replaced since; it did not block, though
             raise ValueError("not a regular file")
         with Image.open(file, formats=_formats()) as picture:
-            factor = max(1, max(picture.size) // WORKING_SIDE)
+            factor = max(1, max(picture.size) // side)
             picture.draft(None, (picture.width // factor, picture.height // factor))  # of a JPEG
             picture.load()
-            return _upright(_reduced(_plain(picture)))
+            return _upright(_reduced(_plain(picture), side))
 
 
 @cache
@@ -121,8 +121,8 @@ def _plain(picture: Image.Image) -> Image.Image:
     return picture.convert("L" if mode == "1" else "I" if mode.startswith("I;16") else "RGB")
 
 
-def _reduced(picture: Image.Image) -> Image.Image:
-    factor = max(picture.size) // WORKING_SIDE
+def _reduced(picture: Image.Image, side: int) -> Image.Image:
+    factor = max(picture.size) // side
     return picture.reduce(factor) if factor > 1 else picture
 
 
@@ -182,6 +182,10 @@ def _on_paper(picture: Image.Image) -> Image.Image:
     return Image.alpha_composite(ground, picture).convert("RGB")
 
 
+SMALL = 14  # px: a shorter character, in a picture that was reduced, is read again
+CLEAR = 40  # px: at the resolution that makes it this long
+AROUND = 1.5  # of its length: how far its surroundings are read with it
+
 LONGEST = 22 / 28  # of the result's side: longest side of a character, EMNIST's median 23.6 / 28
 STROKE = 2.7 / 28  # of the result's side: width of strokes, EMNIST's median 2.9 / 28
 FINE = 2  # strokes are made thinner and thicker on a grid this many times finer than the result
@@ -207,13 +211,15 @@ FRAMED = 24  # px: a smaller picture shows nothing beside its character
 RIM = 0.12  # of the picture's side: where frames, rules and neighbours lie
 
 
-def fit(pictures: list[np.ndarray], size: int) -> tuple[np.ndarray, np.ndarray]:
+def fit(pictures: list[np.ndarray], size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Bring pictures of one character each to the form that EMNIST's own have.
 
     pictures: grey uint8 (H, W), any sizes, ink darker or lighter than the paper.
-    Returns (N, size, size) uint8, ink 255 on 0, and (N,) bool: False where there is no ink. What a
-    picture becomes does not depend on the others.
+    Returns (N, size, size) uint8, ink 255 on 0; (N,) bool, False where there is no ink; and (N, 3),
+    the centre y and x and the length of each character, px. What a picture becomes does not depend
+    on the others.
     """
+    places = np.zeros((len(pictures), 3))
     fine = np.zeros((len(pictures), FINE * size, FINE * size), np.float32)
     out = np.zeros((len(pictures), size, size), np.float32)
     formed, inked = np.zeros((2, len(pictures)), bool)
@@ -223,16 +229,17 @@ def fit(pictures: list[np.ndarray], size: int) -> tuple[np.ndarray, np.ndarray]:
     for members in shapes.values():
         indices = np.array(members)
         ink, inked[indices] = find_ink(np.stack([pictures[i] for i in members]))
+        places[indices] = where = _extent(ink, EDGE)
         formed[indices] = own = _is_formed(ink, size)
         if own.any():
             height = ink.shape[1]
             rows = _averages(np.zeros(1), np.array([height / size]), size, height)[0]
             out[indices[own]] = rows @ ink[own] @ rows.T
         if not own.all():
-            fine[indices[~own]] = _place(ink[~own], FINE * size)
+            fine[indices[~own]] = _place(ink[~own], where[~own], FINE * size)
     out[~formed] = _even_strokes(fine[~formed])
     out *= 255 / np.maximum(out.max((1, 2), keepdims=True), 1e-3)  # as in EMNIST
-    return out.round().astype(np.uint8), inked
+    return out.round().astype(np.uint8), inked, places
 
 
 def find_ink(greys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -501,26 +508,26 @@ def _is_formed(ink: np.ndarray, size: int) -> np.ndarray:
     _, height, width = ink.shape
     if height != width or height % size:
         return np.zeros(len(ink), bool)
-    y, x, longest = _extent(ink, FAINT)
+    y, x, longest = _extent(ink, FAINT).T
     formed = (longest > FORMED[0] * height) & (longest < FORMED[1] * height)
     return formed & (np.maximum(np.abs(y - height / 2), np.abs(x - width / 2)) < OFFSET * height)
 
 
-def _place(ink: np.ndarray, side: int) -> np.ndarray:
-    """Scale and centre the character in pictures (N, H, W): (N, side, side)."""
+def _place(ink: np.ndarray, places: np.ndarray, side: int) -> np.ndarray:
+    """Scale and centre the characters at `places` in pictures (N, H, W): (N, side, side)."""
     _, height, width = ink.shape
-    y, x, longest = _extent(ink, EDGE)
+    y, x, longest = places.T
     step = longest / (LONGEST * side)  # pixels per pixel of the result
     rows = _cubic(y - step * side / 2, step, side, height)
     columns = _cubic(x - step * side / 2, step, side, width)
     return (rows @ ink @ columns.transpose(0, 2, 1)).clip(0, 1)
 
 
-def _extent(ink: np.ndarray, level: float) -> tuple[np.ndarray, ...]:
-    """Return the centre y and x and the longest side of characters (N, H, W), px (N,) each."""
+def _extent(ink: np.ndarray, level: float) -> np.ndarray:
+    """Return the centre y and x and the longest side, px, of characters (N, H, W): (N, 3)."""
     (top, bottom), (left, right) = _ends(ink.max(2), level), _ends(ink.max(1), level)
     longest = np.maximum(bottom - top, right - left)
-    return (top + bottom) / 2, (left + right) / 2, np.maximum(longest, 1e-3)
+    return np.stack([(top + bottom) / 2, (left + right) / 2, np.maximum(longest, 1e-3)], 1)
 
 
 def _ends(profile: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
@@ -597,6 +604,24 @@ def _thicken(ink: np.ndarray, change: np.ndarray) -> np.ndarray:
             left[some] -= part
             square = not square
     return ink
+
+
+def read_closer(path: str, shape: tuple[int, ...], place: np.ndarray) -> np.ndarray | None:
+    """Read again a character that is small in its picture, with its surroundings.
+
+    shape: of what `read` returned; place: centre y and x and length of the character in that, px.
+    Returns grey uint8 (H, W); None where the file shows no more. Raises as `load` does.
+    """
+    y, x, length = place
+    if length >= SMALL or max(shape) < WORKING_SIDE:  # which has all that the file holds
+        return None
+    picture = load(path, round(max(shape) * CLEAR / length))
+    scale = picture.height / shape[0]
+    if scale < 1.5:
+        return None
+    reach = AROUND * length
+    box = np.array([x - reach, y - reach, x + reach, y + reach]) * scale
+    return to_grey(picture.crop(box.clip(0, 2 * picture.size).round().astype(int).tolist()))
 
 
 def find(inputs: Iterable[str], passed_over: Counter) -> Iterator[tuple[str, str]]:
@@ -684,7 +709,7 @@ def work(connection: Connection, thumbnails: bool) -> None:
     try:
         while True:
             size, *paths = connection.recv_bytes().split(b"\0")
-            errors, views, block = _prepare(map(os.fsdecode, paths), int(size), thumbnails)
+            errors, views, block = prepare(map(os.fsdecode, paths), int(size), thumbnails)
             connection.send_bytes("\0".join(errors).encode())
             connection.send_bytes("\0".join(views).encode())
             connection.send_bytes(block)
@@ -702,17 +727,18 @@ def _limit_memory() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
-def _prepare(
-    paths: Iterable[str], size: int, thumbnails: bool
+def prepare(
+    paths: Iterable[str], size: int, thumbnails: bool = False
 ) -> tuple[list[str], list[str], bytes]:
     """Read pictures until all are or FLUSH_SECONDS are over, fit them; see `work`."""
-    greys, errors, views = [], [], []
+    sound, greys, errors, views = [], [], [], []
     started = time.monotonic()
     for path in paths:
         error, view = "", ""
         try:
             picture = load(path)
             greys.append(to_grey(picture))
+            sound.append((len(errors), path))
             view = thumbnail(picture) if thumbnails else ""
         except Exception as problem:  # Pillow raises nearly everything for broken files
             error = _reason(problem)
@@ -720,9 +746,14 @@ def _prepare(
         views.append(view)
         if time.monotonic() - started > FLUSH_SECONDS:
             break
-    images, inked = fit(greys, size)
-    sound = [i for i, error in enumerate(errors) if not error]
-    for i, has_ink in zip(sound, inked, strict=True):
+    images, inked, places = fit(greys, size)
+    for i in np.flatnonzero(inked):
+        with suppress(Exception):  # the first look has to do
+            closer = read_closer(sound[i][1], greys[i].shape, places[i])
+            if closer is not None:
+                image, clear, _ = fit([closer], size)
+                images[i] = image[0] if clear[0] else images[i]
+    for (i, _), has_ink in zip(sound, inked, strict=True):
         errors[i] = "" if has_ink else BLANK
     return errors, views, images[inked].tobytes()
 

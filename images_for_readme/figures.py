@@ -123,8 +123,8 @@ def optimizers() -> Figure:
         runs = [record(name) for name in kept(f"fair-{optimizer}-*")]
         tested = [run["test"]["accuracy"] for run in runs]
         right.plot(tested, [row] * len(tested), "o", color=COLOURS[row], markersize=5)
-        right.text(np.mean(tested), row - 0.22, f"{np.mean(tested):.1f} % at {runs[0]['settings']['lr']:g}",
-                   ha="center", va="bottom", fontsize=8)  # fmt: skip
+        text = f"{np.mean(tested):.1f} % at {runs[0]['settings']['lr']:g}"
+        right.text(np.mean(tested), row - 0.22, text, ha="center", va="bottom", fontsize=8)
         origin = record(ORIGIN_RUNS[optimizer])
         right.plot(origin["test"]["accuracy"], row, "x", color=COLOURS[row], markersize=6)
     short, fair = (
@@ -240,7 +240,7 @@ def fitting() -> Figure:
     """Show on drawings of ours how EMNIST's files are turned, and pictures fitted."""
     stored = [strokes.emnist_picture(c, strokes.hand(i)).T for i, c in enumerate("2457ABEFGJLR")]
     paths = [SAMPLES / name for name in FITTED]
-    fitted, _ = inference.fit([inference.read(str(path)) for path in paths], SIZE)
+    fitted, _, _ = inference.fit([inference.read(str(path)) for path in paths], SIZE)
     rows = {
         "as EMNIST's files\nhold it": stored,
         "turned upright\nby train.py": [picture.T for picture in stored],

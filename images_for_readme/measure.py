@@ -99,11 +99,10 @@ class Bench:
         sets = {}
         for folder in sorted(path for path in self.field_folder.iterdir() if path.is_dir()):
             paths = [path for path, _ in inference.find([str(folder)], Counter())]
-            images, inked = inference.fit([inference.read(path) for path in paths], SIZE)
-            sets[folder.name] = [
-                inference.Picture(path, image.tobytes(), "" if ink else inference.BLANK)
-                for path, image, ink in zip(paths, images, inked, strict=True)
-            ]
+            sets[folder.name] = []
+            for path in paths:
+                errors, _, ink = inference.prepare([path], SIZE)
+                sets[folder.name].append(inference.Picture(path, ink, errors[0]))
         return sets
 
     def on_field(self, net: CNN.Net) -> dict[str, Answers]:
@@ -226,7 +225,7 @@ def sizes(bench: Bench) -> dict:
 
 
 def fit(pictures: list[Image.Image]) -> tuple[Tensor, Tensor]:
-    images, inked = inference.fit([inference.to_grey(picture) for picture in pictures], SIZE)
+    images, inked, _ = inference.fit([inference.to_grey(picture) for picture in pictures], SIZE)
     return torch.from_numpy(images), torch.from_numpy(inked)
 
 

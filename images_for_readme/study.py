@@ -81,7 +81,7 @@ def plan() -> dict[str, dict]:
     runs["origin-short"] = runs["run8"] | {"epochs": 2, "precision": "auto"}
     runs |= {f"run8-{seed}": runs["run8"] | {"seed": seed} for seed in SEEDS[1:]}
     for seed in SEEDS:
-        settings = runs["run8"] | SHORT | {"epochs": 3}
+        settings = runs["run8"] | SHORT | {"one_in": 6, "epochs": 3}
         for name, changes in STEPS.items():
             settings = settings | changes
             runs[f"step-{name}-{seed}"] = settings | {"seed": seed}

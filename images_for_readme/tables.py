@@ -176,7 +176,9 @@ def story() -> str:
     best = min(cut, key=lambda epoch: epoch["nll"])
     for name, claimed in CLAIMED.items():
         if name == "run9":
-            right[name] = f"{best['accuracy']:.2f} on validation, broken off after {len(cut)} epochs"
+            right[name] = (
+                f"{best['accuracy']:.2f} on validation, broken off after {len(cut)} epochs"
+            )
         else:
             right[name] = f"{run(name)['test']['accuracy']:.2f}"
         rows.append((f"Run {name[3:]}", CHANGES[name], f"{claimed}", right[name]))

@@ -35,7 +35,7 @@ def draw(lines=FIVE, *, side=100, width=7.0, margin=0.2, dot=None) -> np.ndarray
 
 
 def fit_one(picture: np.ndarray) -> np.ndarray:
-    images, inked = inference.fit([picture], SIZE)
+    images, inked, _ = inference.fit([picture], SIZE)
     assert inked[0]
     assert images.shape == (1, SIZE, SIZE)
     assert images.dtype == np.uint8
@@ -195,7 +195,7 @@ def test_noise_alone_is_not_ink(seed, height, width, kind):
     if kind == "shaded":
         picture = picture * np.linspace(1, 0.6, width) if width >= 24 <= height else picture
         picture += random.normal(0, 3, picture.shape)
-    images, inked = inference.fit([picture.clip(0, 255).astype(np.uint8)], SIZE)
+    images, inked, _ = inference.fit([picture.clip(0, 255).astype(np.uint8)], SIZE)
     assert not inked[0]
     assert not images.any()
 
@@ -203,7 +203,7 @@ def test_noise_alone_is_not_ink(seed, height, width, kind):
 @pytest.mark.parametrize("shape", [(1, 1), (1, 40), (40, 1), (8, 8), (28, 28), (100, 300)])
 @pytest.mark.parametrize("level", [0, 7, 128, 255])
 def test_one_colour_is_not_ink(shape, level):
-    images, inked = inference.fit([np.full(shape, level, np.uint8)], SIZE)
+    images, inked, _ = inference.fit([np.full(shape, level, np.uint8)], SIZE)
     assert not inked[0]
     assert not images.any()
 
@@ -266,7 +266,7 @@ def test_a_picture_is_fitted_alike_in_any_company():
     alone = [inference.fit([picture], SIZE) for picture in pictures]
     for _ in range(3):
         order = random.permutation(len(pictures))
-        images, inked = inference.fit([pictures[i] for i in order], SIZE)
+        images, inked, _ = inference.fit([pictures[i] for i in order], SIZE)
         for image, has_ink, i in zip(images, inked, order, strict=True):
             np.testing.assert_array_equal(image, alone[i][0][0])
             assert has_ink == alone[i][1][0]
@@ -301,5 +301,5 @@ def test_any_shape_is_fitted_without_a_warning(shape):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for picture in (random.integers(0, 256, shape), 255 * (random.random(shape) < 0.2)):
-            images, inked = inference.fit([picture.astype(np.uint8)], SIZE)
+            images, inked, _ = inference.fit([picture.astype(np.uint8)], SIZE)
             assert inked[0] == (images.max() == 255)

@@ -315,7 +315,7 @@ def test_a_worker_answers_in_raw_bytes_under_limits(
     ready, errors, views, block, other_errors, other_views, other_block = wire.sent
     assert (ready, errors) == (b"ready", b"\0\0")
     assert [bool(view) for view in views.split(b"\0")] == [thumbnails] * 3
-    expected, _ = inference.fit([inference.read(str(path)) for path in sound], SIZE)
+    expected, _, _ = inference.fit([inference.read(str(path)) for path in sound], SIZE)
     assert block == expected.tobytes()
     reasons = other_errors.decode().split("\0")
     assert reasons[0] == inference.BLANK
@@ -488,13 +488,13 @@ pictures = arrays.arrays(
 @settings(max_examples=60, deadline=None)
 @given(st.lists(pictures, max_size=4))
 def test_fit_takes_any_pictures_and_treats_each_alone(batch: list[np.ndarray]) -> None:
-    images, inked = inference.fit(batch, SIZE)
+    images, inked, _ = inference.fit(batch, SIZE)
     assert images.shape == (len(batch), SIZE, SIZE)
     assert images.dtype == np.uint8
     assert inked.shape == (len(batch),)
     assert inked.dtype == bool
     for picture, image, has_ink in zip(batch, images, inked, strict=True):
-        alone, alone_inked = inference.fit([picture], SIZE)
+        alone, alone_inked, _ = inference.fit([picture], SIZE)
         assert alone_inked[0] == has_ink
         assert not has_ink or np.array_equal(alone[0], image)
         assert has_ink == image.any()

@@ -48,7 +48,7 @@ def glyph(character: str = "F", side: int = 64, seed: int = 3) -> Image.Image:
 
 
 def fitted(path: Path) -> np.ndarray:
-    images, inked = inference.fit([inference.read(os.fspath(path))], CNN.SIZE)
+    images, inked, _ = inference.fit([inference.read(os.fspath(path))], CNN.SIZE)
     assert inked.all()
     return images[0]
 
@@ -328,6 +328,49 @@ def test_csv_and_json_carry_every_path_to_the_byte(run, folder: Path) -> None:
     answers = [f"{ord(row['character']):03d}".encode() for row in of_csv if row["character"]]
     assert answers == [line[:3] for line in lines.splitlines()]
     assert "blank" not in table_err.replace("1 blank", "")
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_character_small_in_a_large_picture_is_read_at_its_own_resolution(
+    orientation: int, tmp_path: Path
+) -> None:
+    random, close, images = np.random.default_rng(0), [], []
+    for i, character in enumerate("2A5RKW8G"):
+        drawn = np.zeros((1200, 1600))
+        drawn[700:820, 1100:1220] = strokes.ink(character, strokes.hand(i), (120, 120))
+        noise = random.normal(0, 4, drawn.shape)
+        grey = Image.fromarray(np.uint8((220 - 170 * drawn + noise).clip(0, 255)))
+        close.append(np.asarray(grey.crop((1040, 640, 1280, 880)).reduce(2)))
+        turned = grey.transpose(Image.Transpose.ROTATE_90) if orientation == 6 else grey
+        exif = Image.Exif()
+        exif[0x0112] = orientation  # 6: to be turned by 90 degrees clockwise
+        turned.save(tmp_path / "picture.png", exif=exif)
+        errors, _, block = inference.prepare([str(tmp_path / "picture.png")], CNN.SIZE)
+        assert errors == [""]
+        images.append(np.frombuffer(block, np.uint8).reshape(CNN.SIZE, CNN.SIZE))
+    expected, _, _ = inference.fit(close, CNN.SIZE)
+    coarse, _, _ = inference.fit(
+        [np.asarray(Image.fromarray(c).reduce(6)) for c in close], CNN.SIZE
+    )
+    near, far = (np.abs(np.subtract(i, expected, dtype=float)).mean() for i in (images, coarse))
+    assert near < far / 3
+
+
+def test_a_second_look_that_fails_leaves_the_first(tmp_path: Path, monkeypatch: object) -> None:
+    picture = np.full((400, 400), 255, np.uint8)
+    picture[200:240, 200:206] = picture[200:206, 200:225] = 0
+    Image.fromarray(picture).save(tmp_path / "l.png")
+    found = []
+
+    def fail(path: str, shape: tuple[int, ...], place: np.ndarray) -> None:
+        found.append(place[2])
+        raise OSError("it is gone")
+
+    monkeypatch.setattr(inference, "read_closer", fail)
+    errors, _, block = inference.prepare([str(tmp_path / "l.png")], CNN.SIZE)
+    assert errors == [""]
+    assert len(block) == CNN.SIZE**2
+    assert found[0] < inference.SMALL
 
 
 def test_the_same_answers_for_any_batch_size_and_number_of_workers(run, folder: Path) -> None:
