@@ -613,7 +613,7 @@ def read_closer(path: str, shape: tuple[int, ...], place: np.ndarray) -> np.ndar
     Returns grey uint8 (H, W); None where the file shows no more. Raises as `load` does.
     """
     y, x, length = place
-    if length >= SMALL or max(shape) < WORKING_SIDE:  # which has all that the file holds
+    if max(shape) < WORKING_SIDE:  # was not reduced
         return None
     picture = load(path, round(max(shape) * CLEAR / length))
     scale = picture.height / shape[0]
@@ -747,7 +747,7 @@ def prepare(
         if time.monotonic() - started > FLUSH_SECONDS:
             break
     images, inked, places = fit(greys, size)
-    for i in np.flatnonzero(inked):
+    for i in np.flatnonzero(inked & (places[:, 2] < SMALL)):
         with suppress(Exception):  # the first look has to do
             closer = read_closer(sound[i][1], greys[i].shape, places[i])
             if closer is not None:
