@@ -13,6 +13,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from functools import cached_property
@@ -26,8 +27,9 @@ from PIL import Image
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
 
+import strokes  # noqa: E402
 import study  # noqa: E402
 
 import CNN  # noqa: E402
@@ -38,6 +40,7 @@ from CNN import ALPHABET, SIZE  # noqa: E402
 MODEL = HERE.parent / "model.pt"
 NOBODY = ("0O", "1IL")  # what score.py counts as one character each
 SIDES = (28, 20, 14, 10, 8, 7)  # px, to which test pictures are shrunk
+SHARES = (0.5, 0.15, 0.1, 0.07, 0.05, 0.03)  # of a photograph's height that its character takes
 TOLERANCE = 0.3  # per cent, between float32 here and the device's arithmetic in inference.py
 ONE_IN = 4  # of the test pictures are shrunk: six sizes of all would take ten minutes
 THRESHOLDS = [i / 100 for i in range(100)] + [0.995, 0.999]  # of --min-confidence
@@ -84,7 +87,7 @@ class Bench:
         if source == "field":
             count = sum(len(pictures) for pictures in self.field.values())
             return f"{count:,} pictures of {len(self.field)} field sets"
-        return "tests/samples"
+        return {"samples": "tests/samples", "drawn": "photographs drawn by our code"}[source]
 
     def load(self, name: str) -> CNN.Net:
         return CNN.load(self.weights / f"{name}.pt")
@@ -99,14 +102,16 @@ class Bench:
         sets = {}
         for folder in sorted(path for path in self.field_folder.iterdir() if path.is_dir()):
             paths = [path for path, _ in inference.find([str(folder)], Counter())]
-            sets[folder.name] = []
-            for path in paths:
-                errors, _, ink = inference.prepare([path], SIZE)
-                sets[folder.name].append(inference.Picture(path, ink, errors[0]))
+            sets[folder.name] = [prepare(path) for path in paths]
         return sets
 
     def on_field(self, net: CNN.Net) -> dict[str, Answers]:
         return {name: answer_pictures(net, pictures) for name, pictures in self.field.items()}
+
+
+def prepare(path: str) -> inference.Picture:
+    errors, _, ink = inference.prepare([path], SIZE)
+    return inference.Picture(path, ink, errors[0])
 
 
 def answer(net: CNN.Net, images: Tensor, labels: Tensor, inked: Tensor | None = None) -> Answers:
@@ -320,6 +325,40 @@ def score(sets: dict[str, Answers]) -> dict[str, list[float]]:
     return rows | {"mean of sets": np.mean(list(rows.values()), axis=0).tolist()}
 
 
+def framing(bench: Bench) -> dict:
+    """Measure on drawn photographs whose character takes less and less of the height.
+
+    Without the second look, too: with inference.SMALL at 0 no character counts as small.
+    """
+    rows, small = [], inference.SMALL
+    with tempfile.TemporaryDirectory() as folder:
+        for share in SHARES:
+            paths = [photograph(i, share, Path(folder)) for i in range(5 * len(ALPHABET))]
+            row = {"share": share}
+            for key, inference.SMALL in (("first look", 0), ("second look", small)):
+                answers = answer_pictures(bench.net, [prepare(path) for path in paths])
+                row[key] = answers.accuracy()
+            rows.append(row)
+    return {"n": len(paths), "px": (1600, 1200), "rows": rows}
+
+
+def photograph(seed: int, share: float, folder: Path) -> str:
+    """Save a character, `share` of the height tall, somewhere on unevenly lit, grained paper."""
+    random, character = np.random.default_rng(seed), ALPHABET[seed % len(ALPHABET)]
+    height, width, side = 1200, 1600, round(1200 * share)
+    ink = np.zeros((height, width, 1))
+    top, left = (random.integers(0.2 * n, 0.8 * n - side + 1) for n in (height, width))
+    drawn = strokes.ink(character, strokes.hand(seed), (side, side), longest=side - 2)
+    ink[top : top + side, left : left + side, 0] = drawn
+    paper = np.linspace(1, random.uniform(0.6, 0.9), width)[:, None] * (225, 220, 205)
+    picture = paper * (1 - ink) + np.array((40, 45, 90)) * ink
+    picture += random.normal(0, 4, (height, width, 1))
+    path = folder / character / f"{seed}.jpg"
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(np.uint8(picture.clip(0, 255))).save(path, quality=85)
+    return str(path)
+
+
 def samples(bench: Bench) -> dict:
     """Run inference.py over tests/samples."""
     command = ["inference.py", "--input", "tests/samples", "--format", "json"]
@@ -336,6 +375,7 @@ PARTS: dict[str, tuple[Callable[[Bench], dict], str]] = {  # with what each read
     "coverage": (coverage, "test, field"),
     "reliability": (reliability, "test, field"),
     "field": (field, "field"),
+    "framing": (framing, "drawn"),
     "samples": (samples, "samples"),
 }
 

@@ -156,6 +156,14 @@ def sizes() -> str:
     return table(head, rows)
 
 
+def framing() -> str:
+    kept = run("framing")
+    rows = [(f"{100 * row['share']:.0f} %", f"{row['first look']:.1f}", f"{row['second look']:.1f}")
+            for row in kept["rows"]]  # fmt: skip
+    head = ("character's share of the height", "first look, %", "and second, %")
+    return table(head, rows) + f"\n\nn = {kept['n']} a row."
+
+
 def coverage() -> str:
     kept, rows = run("coverage"), []
     for threshold in (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99):
@@ -333,6 +341,7 @@ BLOCKS = {
     "field": field,
     "levers": levers,
     "sizes": sizes,
+    "framing": framing,
     "coverage": coverage,
     "story": story,
     "known": known,

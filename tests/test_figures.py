@@ -18,7 +18,7 @@ import figures  # noqa: E402
 import study  # noqa: E402
 
 RECORDS = {path.stem: json.loads(path.read_text()) for path in (IMAGES / "runs").glob("*.json")}
-MEASURED = ("shipped", "known", "sizes", "coverage", "reliability", "field", "samples")
+MEASURED = ("shipped", "known", "sizes", "coverage", "reliability", "field", "framing", "samples")
 # The origin's table: net, batch, optimizer, learning rate, weight decay, epochs, Xavier, warm-up
 ORIGIN = {
     "run1": ("run1", 64, "adamw", 1e-4, 0.1, 5, False, 0),
