@@ -70,6 +70,10 @@ class TrainingError(Exception):
     """Something outside the code ended the training; the message is for the user."""
 
 
+class SharedError(TrainingError):
+    """One that every rank meets alike, so that the first one's line is enough."""
+
+
 def say(line: str) -> None:
     """Write a line for people, above a progress bar where there is one; of all ranks, the first."""
     if _rank() == 0:
@@ -1175,6 +1179,18 @@ class Checkpoints:
         self.previous = out.with_name(out.name.removesuffix(".pt") + ".checkpoint.previous.pt")
         self.due = time.monotonic() + CHECKPOINT_SECONDS
 
+    @property
+    def kept(self) -> list[Path]:
+        return [path for path in (self.newest, self.previous) if path.exists()]
+
+    def require_none(self) -> None:
+        """Raise SharedError if there are any: a training anew would write over them."""
+        if kept := self.kept:
+            raise SharedError(
+                f"--out {self.out}: a training was cut short at {_how_far(kept[0])}: --resume goes "
+                f"on with it; to train anew, delete {_join(kept)}"
+            )
+
     def save(self, run: Run) -> None:
         """Write the state; a disk that is full costs a warning, not the training."""
         if not run.ranks.first:
@@ -1189,27 +1205,28 @@ class Checkpoints:
         self.due = time.monotonic() + CHECKPOINT_SECONDS
 
     def restore(self, run: Run) -> None:
-        """Set the run to the newest state that can be read. Raises TrainingError if none can."""
-        for path in (self.newest, self.previous):
+        """Set the run to the newest state that can be read. Raises SharedError if none can."""
+        if not (kept := self.kept):
+            say(f"--resume: no checkpoint at {self.newest}: training from step 0")
+            return
+        for path in kept:
             try:
                 state = _read_checkpoint(path, run.ranks.device)
                 changed = _differences(state["settings"], bound_settings(run.config))
                 if not changed:
                     run.restore(state)
-            except FileNotFoundError:
-                continue
             except Exception as error:  # whatever reading damaged bytes may raise
                 say(f"warning: {path} is damaged ({_first_line(error)})")
                 continue
             if changed:
-                raise TrainingError(
+                raise SharedError(
                     f"--resume: {path} was made with {changed}: pass the same settings"
                 )
             say(f"going on from {path}, step {run.step:,} of {run.steps:,}")
             if path == self.previous and run.ranks.first:
                 self.newest.unlink(missing_ok=True)  # or the next one would put it over the good
             return
-        raise TrainingError(f"--resume: no checkpoint to read at {self.newest}: train without it")
+        raise SharedError(f"--resume: no sound checkpoint: to train anew, delete {_join(kept)}")
 
     def remove(self) -> None:
         """Forget the checkpoints of a training that is done."""
@@ -1229,6 +1246,19 @@ def _read_checkpoint(path: Path, device: torch.device) -> dict:
         if damaged := archive.testzip():  # torch.load compares no checksums
             raise ValueError(f"{damaged} is not as it was written")
     return torch.load(path, map_location=device, weights_only=True)
+
+
+def _how_far(checkpoint: Path) -> str:
+    try:
+        state = _read_checkpoint(checkpoint, torch.device("cpu"))
+        steps = state["settings"]["epochs"] * len(state["losses"])
+        return f"step {state['step']:,} of {steps:,}"
+    except Exception:  # whatever reading damaged bytes may raise
+        return "a step that can't be read"
+
+
+def _join(paths: list[Path]) -> str:
+    return " and ".join(map(str, paths))
 
 
 def _differences(theirs: dict, ours: dict) -> str:
@@ -1333,7 +1363,7 @@ def finish_epoch(run: Run, validation: Split, seconds: float, log: "Log") -> Non
 def load_splits(config: Config, ranks: Ranks) -> tuple[Split, Split, Split]:
     """Return train, validation and test, resident on the device. Raises TrainingError."""
     if config.batch_size % ranks.world:
-        raise TrainingError(f"--batch-size {config.batch_size}: not shared by {ranks.world} evenly")
+        raise SharedError(f"--batch-size {config.batch_size}: not shared by {ranks.world} evenly")
     if ranks.first:
         ensure_emnist(config.data)
     if ranks.world > 1:
@@ -1341,7 +1371,7 @@ def load_splits(config: Config, ranks: Ranks) -> tuple[Split, Split, Split]:
     train, validation = cut_validation(read_emnist(config.data, train=True))
     test = read_emnist(config.data, train=False)
     if len(train.labels) < config.batch_size:
-        raise TrainingError(f"--batch-size {config.batch_size}: only {len(train.labels)} pictures")
+        raise SharedError(f"--batch-size {config.batch_size}: only {len(train.labels)} pictures")
     return train.to(ranks.device), validation.to(ranks.device), test.to(ranks.device)
 
 
@@ -1349,15 +1379,21 @@ def train(config: Config, stop: Stop | None = None) -> dict:
     """Train as the settings say, write the weights, return the figures of every epoch and of test.
 
     Returns {"history": per epoch, "validation": figures, "test": figures, "confusion": 36 rows},
-    and nothing on ranks other than the first. Raises TrainingError, one line for the user, and
-    InterruptedTraining, a checkpoint written, when `stop` got a signal.
+    and nothing on ranks other than the first, nor where --resume finds it done. Raises
+    TrainingError, one line for the user, and InterruptedTraining, a checkpoint written, when
+    `stop` got a signal.
     """
     stop = stop or Stop()
     ranks = join_ranks(config.device)
     check_writable(config.out)
+    checkpoints = Checkpoints(config.out)
+    if not config.resume:
+        checkpoints.require_none()
+    elif not checkpoints.kept and is_done(config):
+        say(f"--resume: {config.out} is done; to train anew, leave --resume out")
+        return {}
     training, validation, test = load_splits(config, ranks)
     run = Run(config, len(training.labels) // config.batch_size, ranks)
-    checkpoints = Checkpoints(config.out)
     if config.resume:
         checkpoints.restore(run)
     run.build()
@@ -1375,7 +1411,7 @@ def train(config: Config, stop: Stop | None = None) -> dict:
         progress.bar.close()
         if not ranks.first:
             return {}
-        results = finish(run, validation, test)
+        results = finish(run, validation, test, config.out)
         log.finish(results["test"], results["confusion"], ALPHABET, config.out)
     checkpoints.remove()
     return results
@@ -1384,7 +1420,7 @@ def train(config: Config, stop: Stop | None = None) -> dict:
 def check_writable(out: Path) -> None:
     """Find out before the training whether the weights can be written after it."""
     try:
-        with tempfile.NamedTemporaryFile(dir=out.parent):
+        with tempfile.TemporaryFile(dir=out.parent):  # nameless: a kill leaves nothing
             pass
     except OSError as error:
         raise TrainingError(f"--out {out}: {error.strerror}: choose a folder to write to") from None
@@ -1392,7 +1428,15 @@ def check_writable(out: Path) -> None:
         raise TrainingError(f"--out {out}: is a folder, expected the name of a file")
 
 
-def finish(run: Run, validation: Split, test: Split) -> dict:
+def is_done(config: Config) -> bool:
+    """Tell whether a training with these settings has written the weights file."""
+    try:
+        return CNN.load(config.out).figures.get("settings") == bound_settings(config)
+    except (OSError, ValueError):
+        return False
+
+
+def finish(run: Run, validation: Split, test: Split, out: Path) -> dict:
     """Calibrate the best weights on validation, read test, write the weights file."""
     net = run.average
     net.load_state_dict(run.best)
@@ -1402,11 +1446,13 @@ def finish(run: Run, validation: Split, test: Split) -> dict:
     figures = {"validation": measure(logits / net.temperature, validation.labels)}
     logits = predict(net, test.images, run.precision)
     figures["test"] = measure(logits / net.temperature, test.labels)
-    net.figures = figures
+    net.figures = dict(figures)
+    if len(run.history) == run.config.epochs:
+        net.figures["settings"] = bound_settings(run.config)  # by them is_done knows a whole run
     try:
-        CNN.save(net, run.config.out)
+        CNN.save(net, out)
     except OSError as error:
-        reason = f"--out {run.config.out}: {error.strerror}"
+        reason = f"--out {out}: {error.strerror}"
         raise TrainingError(f"{reason}: make room, then --resume writes it") from error
     confusion = confuse(logits, test.labels)
     return {**figures, "history": run.history, "confusion": confusion.tolist()}
@@ -1449,7 +1495,7 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + stop.signal
     except (TrainingError, OSError) as error:
         say(f"train.py: error: {error}")
-        if _rank() > 0:
+        if _rank() > 0 and not isinstance(error, SharedError):
             print(f"train.py: rank {_rank()}: error: {error}", file=sys.stderr)
         return 1
     if results:
