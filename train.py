@@ -34,7 +34,7 @@ from contextlib import closing, contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache, partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,6 +72,10 @@ class TrainingError(Exception):
 
 class SharedError(TrainingError):
     """One that every rank meets alike, so that the first one's line is enough."""
+
+
+class DivergenceError(SharedError):
+    """The loss, the weights or the answers are no longer finite."""
 
 
 def say(line: str) -> None:
@@ -848,6 +852,7 @@ class Run:
         self.history: list[dict[str, float]] = []  # one entry per finished epoch
         self.log_id: str | None = None
         self.precision = choose_precision(config, ranks.device)
+        self.chunk = CHUNK_STEPS if ranks.device.type == "cuda" else 1
         self.forward: nn.Module = self.net
         self.backward: Callable = self.eager_backward
         self.averaged = _floats(self.average), _floats(self.net)
@@ -1127,9 +1132,10 @@ class Stop:
 def batches(run: Run, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield what is left of this epoch: augmented pictures (B, 1, 28, 28) and labels (B,).
 
-    Every rank draws the same order and takes its share of each global batch. Random numbers are
-    seeded anew from seed, rank and step, so that a run resumed at any step goes on as if nothing
-    had happened. A GPU augments several batches at once, to launch fewer kernels.
+    Every rank draws the same order and takes its share of each global batch. A GPU augments
+    several batches at once, to launch fewer kernels. Random numbers are seeded anew for each such
+    chunk from seed, rank and step, so that a run resumed at any step goes on with the same batches;
+    on the CPU, whose chunks are one batch, with the same dropout too.
     """
     config, ranks = run.config, run.ranks
     epoch, position = divmod(run.step, run.steps_per_epoch)
@@ -1137,13 +1143,13 @@ def batches(run: Run, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
     order = torch.randperm(len(split.labels), generator=generator).to(ranks.device)
     order = order[: run.steps_per_epoch * config.batch_size]
     order = order.view(run.steps_per_epoch, ranks.world, -1)[:, ranks.rank]  # (steps, B)
-    together = CHUNK_STEPS if ranks.device.type == "cuda" else 1
-    for start in range(position, run.steps_per_epoch, together):
+    for start in range(position - position % run.chunk, run.steps_per_epoch, run.chunk):
         torch.manual_seed(hash((config.seed, ranks.rank, epoch, start)))
-        rows = order[start : start + together]
+        rows = order[start : start + run.chunk]
         images = augment(split.images[rows.flatten()], config.augment)
         images = images.to(memory_format=torch.channels_last)
-        yield from zip(images.split(rows.shape[1]), split.labels[rows], strict=True)
+        chunk = zip(images.split(rows.shape[1]), split.labels[rows], strict=True)
+        yield from islice(chunk, max(0, position - start), None)
 
 
 def take_step(run: Run, images: Tensor, labels: Tensor) -> None:
@@ -1157,13 +1163,9 @@ def take_step(run: Run, images: Tensor, labels: Tensor) -> None:
     run.update_average()
 
 
-def diverged(what: str, step: int, run: Run) -> TrainingError:
+def diverged(what: str, step: int, run: Run) -> DivergenceError:
     rate = learning_rate(step, run.steps, run.config)
-    kept = Checkpoints(run.config.out).newest
-    before = f"; {kept} is from before" if kept.exists() else ""
-    return TrainingError(
-        f"{what} at step {step}, learning rate {rate:.3g}{before}: train anew with a lower --lr"
-    )
+    return DivergenceError(f"{what} at step {step}, learning rate {rate:.3g}")
 
 
 class InterruptedTraining(Exception):  # noqa: N818 (nothing went wrong)
@@ -1288,7 +1290,7 @@ class Progress:
     def report(self) -> None:
         """Fetch the losses since the last report, show and log them.
 
-        Raises TrainingError unless they and the weights, that may be saved next, are finite.
+        Raises DivergenceError unless they and the weights, that may be saved next, are finite.
         """
         run = self.run
         first = (run.step - 1) // run.steps_per_epoch * run.steps_per_epoch
@@ -1318,7 +1320,7 @@ def train_epoch(
         take_step(run, images, labels)
         progress.bar.update(run.config.batch_size)
         stopping = must_stop(run, stop)
-        saving = stopping or time.monotonic() > checkpoints.due
+        saving = stopping or (run.ranks.first and time.monotonic() > checkpoints.due)
         if run.step == end or saving or (on_cpu and run.step % REPORT_STEPS == 0):
             progress.report()  # waits for the device: on a GPU, for the end of the epoch
         if run.step < end and saving:
@@ -1339,14 +1341,17 @@ def must_stop(run: Run, stop: Stop) -> bool:
     return bool(stop.signal)
 
 
-def finish_epoch(run: Run, validation: Split, seconds: float, log: "Log") -> None:
-    """Measure the averaged weights on validation and keep the best; say and log how it went."""
+def finish_epoch(run: Run, validation: Split, steps: int, seconds: float, log: "Log") -> None:
+    """Measure the averaged weights on validation and keep the best; say and log how it went.
+
+    steps, seconds: those of the epoch that this process took, the rest if it was resumed in it.
+    """
     logits = predict(run.average, validation.images, run.precision)
     if not logits.isfinite().all():
         raise diverged("answers on validation are not finite", run.step - 1, run)
     figures = measure(logits, validation.labels)
     epoch = run.step // run.steps_per_epoch
-    pictures = run.steps_per_epoch * run.config.batch_size
+    speed = steps * run.config.batch_size / seconds
     entry = {"epoch": epoch, "loss": run.losses.mean().item(), "seconds": seconds, **figures}
     if all(entry["nll"] < earlier["nll"] for earlier in run.history):
         run.best = {key: tensor.clone() for key, tensor in run.average.state_dict().items()}
@@ -1354,10 +1359,10 @@ def finish_epoch(run: Run, validation: Split, seconds: float, log: "Log") -> Non
     say(
         f"epoch {epoch}/{run.config.epochs}: loss {entry['loss']:.4f}, "
         f"validation nll {figures['nll']:.4f}, {figures['accuracy']:.2f} % right, "
-        f"{pictures / seconds:,.0f} images/s"
+        f"{speed:,.0f} images/s"
     )
-    values = {"images/s": pictures / seconds, **{f"val/{n}": v for n, v in figures.items()}}
-    log.metrics(run.step, epoch=epoch, **values)
+    values = {f"val/{name}": value for name, value in figures.items()}
+    log.metrics(run.step, epoch=epoch, **values, **{"images/s": speed})
 
 
 def load_splits(config: Config, ranks: Ranks) -> tuple[Split, Split, Split]:
@@ -1402,12 +1407,18 @@ def train(config: Config, stop: Stop | None = None) -> dict:
         run.log_id = log.run_id
         progress = Progress(run, log)
         stop.training = True
-        while run.step < run.steps:
-            start = time.monotonic()
-            train_epoch(run, training, progress, checkpoints, stop)
-            if ranks.first:
-                finish_epoch(run, validation, time.monotonic() - start, log)
-            checkpoints.save(run)
+        try:
+            while run.step < run.steps:
+                start, first = time.monotonic(), run.step
+                train_epoch(run, training, progress, checkpoints, stop)
+                if ranks.first:
+                    finish_epoch(run, validation, run.step - first, time.monotonic() - start, log)
+                checkpoints.save(run)
+        except DivergenceError as error:
+            if not ranks.first:
+                raise
+            what_to_do = rescue(run, validation, test, checkpoints)
+            raise TrainingError(f"{error}; {what_to_do}") from None
         progress.bar.close()
         if not ranks.first:
             return {}
@@ -1458,6 +1469,19 @@ def finish(run: Run, validation: Split, test: Split, out: Path) -> dict:
     return {**figures, "history": run.history, "confusion": confusion.tolist()}
 
 
+def rescue(run: Run, validation: Split, test: Split, checkpoints: Checkpoints) -> str:
+    """Write the best weights of a training that diverged; say where, and what to do now."""
+    found = "no epoch was finished"
+    if run.best:
+        out = run.config.out
+        beside = out.with_name(out.name.removesuffix(".pt") + ".rescued.pt")
+        finish(run, validation, test, beside)
+        best = min(run.history, key=lambda entry: entry["nll"])
+        found = f"{beside} has the weights of epoch {best['epoch']}"
+    delete = f"delete {_join(checkpoints.kept)} and " if checkpoints.kept else ""
+    return f"{found}: {delete}train anew with a lower --lr"
+
+
 def format_results(results: dict) -> str:
     """Return the closing table and the ten most frequent confusions, as lines of text."""
     names = {
@@ -1493,7 +1517,9 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + interrupted.args[0]
     except KeyboardInterrupt:
         return 128 + stop.signal
-    except (TrainingError, OSError) as error:
+    except (TrainingError, OSError, torch.OutOfMemoryError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            error = f"out of GPU memory: try a --batch-size below {config.batch_size}"
         say(f"train.py: error: {error}")
         if _rank() > 0 and not isinstance(error, SharedError):
             print(f"train.py: rank {_rank()}: error: {error}", file=sys.stderr)
