@@ -1,7 +1,7 @@
 """Train the net on EMNIST's digits and letters, merged into 36 classes, and write model.pt.
 
     python3 train.py                                 # a GPU box, a laptop: what is there is used
-    python3 train.py --resume                        # go on after a crash, Ctrl-C or preemption
+    python3 train.py --resume                        # go on after a crash or preemption, or start
     torchrun --nproc-per-node 4 train.py             # several GPUs, the same global batch
 
 Progress goes to stderr, the table of results to stdout. Validation, cut from train, chooses the
@@ -72,10 +72,6 @@ class TrainingError(Exception):
 
 class SharedError(TrainingError):
     """One that every rank meets alike, so that the first one's line is enough."""
-
-
-class DivergenceError(SharedError):
-    """The loss, the weights or the answers are no longer finite."""
 
 
 def say(line: str) -> None:
@@ -397,9 +393,10 @@ def _install_loose(raw: Path, stem: str) -> None:
 def _install_archive(raw: Path, stems: list[str], archive: Archive) -> None:
     """Unpack the pairs that are wanted from gzip.zip, fetched unless it is there."""
     path = raw / "gzip.zip"
-    if path.is_file() and (found := _md5(path)) != archive.md5:
-        say(f"{path}: not used: its MD5 is {found}, expected {archive.md5}")
-    if not path.is_file() or found != archive.md5:
+    found = _md5(path) if path.is_file() else None
+    if found != archive.md5:
+        if found:
+            say(f"{path}: not used: its MD5 is {found}, expected {archive.md5}")
         path = raw / "gzip.zip.part"
         path.touch()
         _require_space(raw, archive.size - path.stat().st_size + archive.unpacked)
@@ -497,18 +494,16 @@ def _fetch_from(url: str, part: Path, archive: Archive) -> None:
 def _transfer(url: str, part: Path, archive: Archive) -> None:
     """Write to `part` what one connection brings, and show how far it got."""
     start = done = part.stat().st_size
-    shown = 10 * start // archive.size
     silent = not sys.stderr.isatty()
     bar = tqdm(total=archive.size, initial=start, unit="B", unit_scale=True, disable=silent)
     with bar, part.open("r+b") as file:
         for offset, chunk in _receive(url, start, archive):
             file.seek(offset)
             file.write(chunk)
-            bar.update(offset + len(chunk) - done)
-            done = offset + len(chunk)
-            if silent and 10 * done // archive.size > shown:
-                shown = 10 * done // archive.size
-                say(f"EMNIST: {shown}0 %")
+            before, done = done, offset + len(chunk)
+            bar.update(done - before)
+            if silent and 10 * done // archive.size > 10 * before // archive.size:
+                say(f"EMNIST: {10 * done // archive.size}0 %")
     if done < archive.size:
         raise SourceError(f"cut after {done:,} of {archive.size:,} bytes", final=False)
 
@@ -563,9 +558,6 @@ class Split(NamedTuple):
     images: Tensor
     labels: Tensor
 
-    def to(self, device: torch.device) -> "Split":
-        return Split(self.images.to(device), self.labels.to(device))
-
 
 def read_emnist(root: Path, train: bool) -> Split:
     """Merge EMNIST's digits and letters: its pictures turned upright, its letters after 9."""
@@ -594,10 +586,7 @@ def held_out(images: Tensor) -> Tensor:
 def cut_validation(split: Split) -> tuple[Split, Split]:
     """Split train into train and validation."""
     held = held_out(split.images)
-    return (
-        Split(split.images[~held], split.labels[~held]),
-        Split(split.images[held], split.labels[held]),
-    )
+    return Split(*(part[~held] for part in split)), Split(*(part[held] for part in split))
 
 
 # Augmentation: functions of a batch (N, 1, 28, 28) in [0, 1], on its device, knowing no loop; at
@@ -628,15 +617,10 @@ def warp(images: Tensor, strength: float = 1.0) -> Tensor:
     n, device = len(images), images.device
     draws = (torch.rand(6, n, 1, 1, device=device) * 2 - 1) * strength  # each in [-1, 1]
     angle, shear, scale, stretch, right, down = draws
-    cos, sin, shear = (
-        torch.cos(angle * WARP_ANGLE),
-        torch.sin(angle * WARP_ANGLE),
-        shear * WARP_SHEAR,
-    )
-    across, along = (
-        torch.exp((scale + stretch) * WARP_SCALE),
-        torch.exp((scale - stretch) * WARP_SCALE),
-    )
+    cos, sin = torch.cos(angle * WARP_ANGLE), torch.sin(angle * WARP_ANGLE)
+    shear = shear * WARP_SHEAR
+    across = torch.exp((scale + stretch) * WARP_SCALE)
+    along = torch.exp((scale - stretch) * WARP_SCALE)
     shift = WARP_SHIFT * 2 / SIZE  # grid_sample's unit is half a side
 
     x = (torch.arange(SIZE, device=device) * 2 + 1) / SIZE - 1  # (28,) centres of pixels
@@ -668,14 +652,13 @@ def resolution(images: Tensor, strength: float = 1.0) -> Tensor:
     (chosen,) = pick(images, 1 / 4)
     part = images[chosen]
     turn = torch.arange(len(part), device=device) % len(LOW_SIZES)
-    down_up = [
-        [
-            resampler(SIZE, k, "bicubic", device) @ resampler(k, SIZE, "bilinear", device)
-            for k in size
-        ]
-        for size in LOW_SIZES
-    ]
-    rows, columns = (torch.stack(m)[turn].unsqueeze(1) for m in zip(*down_up, strict=True))
+
+    def down_and_up(sides: tuple[int, ...]) -> Tensor:  # (N / 4, 1, 28, 28) matrices
+        down = [resampler(k, SIZE, "bilinear", device) for k in sides]
+        up = [resampler(SIZE, k, "bicubic", device) for k in sides]
+        return torch.stack([u @ d for u, d in zip(up, down, strict=True)])[turn].unsqueeze(1)
+
+    rows, columns = map(down_and_up, zip(*LOW_SIZES, strict=True))
     coarse = (rows @ part @ columns.mT).clamp(0, 1)  # (N / 4, 1, 28, 28)
     images[chosen] = torch.lerp(part, coarse, strength)
     return images
@@ -697,12 +680,7 @@ def tone(images: Tensor, strength: float = 1.0) -> Tensor:
     return images.clamp(0, 1)
 
 
-AUGMENTATIONS: dict[str, Callable[..., Tensor]] = {
-    "warp": warp,
-    "stroke": stroke,
-    "resolution": resolution,
-    "tone": tone,
-}
+AUGMENTATIONS = {function.__name__: function for function in (warp, stroke, resolution, tone)}
 
 
 def augment(images: Tensor, names: str) -> Tensor:
@@ -851,7 +829,8 @@ class Run:
         self.best: dict[str, Tensor] = {}
         self.history: list[dict[str, float]] = []  # one entry per finished epoch
         self.log_id: str | None = None
-        self.precision = choose_precision(config, ranks.device)
+        auto = CNN.mixed_precision(ranks.device)
+        self.precision = auto if config.precision == "auto" else getattr(torch, config.precision)
         self.chunk = CHUNK_STEPS if ranks.device.type == "cuda" else 1
         self.forward: nn.Module = self.net
         self.backward: Callable = self.eager_backward
@@ -943,12 +922,6 @@ class GraphedBackward:
         return self.loss
 
 
-def choose_precision(config: Config, device: torch.device) -> torch.dtype:
-    if config.precision == "auto":
-        return CNN.mixed_precision(device)
-    return getattr(torch, config.precision)
-
-
 def make_optimizer(net: nn.Module, config: Config) -> torch.optim.Optimizer:
     shared = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
     kinds = {
@@ -994,11 +967,9 @@ class Log:
         """Log what was measured at a step; with `epoch` where LOG_AXES asks for it."""
         self._do(lambda run: run.log({"step": step, **values}))
 
-    def finish(
-        self, figures: dict, confusion: list[list[int]], alphabet: str, weights: Path
-    ) -> None:
+    def finish(self, figures: dict, confusion: list[list[int]], weights: Path) -> None:
         """Log the test figures, the confusion matrix [actual][predicted] and the weights file."""
-        self._do(lambda run: _log_results(run, figures, confusion, alphabet, weights))
+        self._do(lambda run: _log_results(run, figures, confusion, weights))
 
     def close(self) -> None:
         """Wait until wandb has sent or stored what it has, but no longer than the limit."""
@@ -1046,8 +1017,8 @@ class Log:
         logging.raiseExceptions = False  # or wandb's log file prints tracebacks on a full disk
         import wandb  # takes a second, and not everyone has it
 
-        start = partial(wandb.init, id=self.run_id, resume="allow", config=config)
-        start.keywords["project"] = os.environ.get("WANDB_PROJECT", "emnist")
+        project = os.environ.get("WANDB_PROJECT", "emnist")
+        start = partial(wandb.init, project=project, id=self.run_id, resume="allow", config=config)
         failure = None
         chosen = self._set_up(wandb).settings.mode != "online" or "WANDB_MODE" in os.environ
         try:
@@ -1090,16 +1061,14 @@ def _leave() -> None:
         wandb.teardown()
 
 
-def _log_results(
-    run: object, figures: dict, confusion: list[list[int]], alphabet: str, weights: Path
-) -> None:
+def _log_results(run: object, figures: dict, confusion: list[list[int]], weights: Path) -> None:
     import wandb
 
     columns = ["Actual", "Predicted", "nPredictions"]
     rows = [
         [actual, predicted, int(count)]
-        for actual, counts in zip(alphabet, confusion, strict=True)
-        for predicted, count in zip(alphabet, counts, strict=True)
+        for actual, counts in zip(ALPHABET, confusion, strict=True)
+        for predicted, count in zip(ALPHABET, counts, strict=True)
     ]
     table = wandb.Table(columns=columns, data=rows)
     chart = wandb.plot_table("wandb/confusion_matrix/v1", table, {name: name for name in columns})
@@ -1163,9 +1132,12 @@ def take_step(run: Run, images: Tensor, labels: Tensor) -> None:
     run.update_average()
 
 
-def diverged(what: str, step: int, run: Run) -> DivergenceError:
-    rate = learning_rate(step, run.steps, run.config)
-    return DivergenceError(f"{what} at step {step}, learning rate {rate:.3g}")
+class DivergenceError(SharedError):
+    """The loss, the weights or the answers are no longer finite."""
+
+    def __init__(self, what: str, step: int, run: Run) -> None:
+        rate = learning_rate(step, run.steps, run.config)
+        super().__init__(f"{what} at step {step}, learning rate {rate:.3g}")
 
 
 class InterruptedTraining(Exception):  # noqa: N818 (nothing went wrong)
@@ -1177,8 +1149,11 @@ class Checkpoints:
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self.newest = out.with_name(out.name.removesuffix(".pt") + ".checkpoint.pt")
-        self.previous = out.with_name(out.name.removesuffix(".pt") + ".checkpoint.previous.pt")
+        stem = out.name.removesuffix(".pt")
+        self.newest = out.with_name(f"{stem}.checkpoint.pt")
+        self.previous = out.with_name(f"{stem}.checkpoint.previous.pt")
+        self.both = out.with_name(f"{stem}.checkpoint*.pt")
+        self.rescued = out.with_name(f"{stem}.rescued.pt")  # weights, after a divergence
         self.due = time.monotonic() + CHECKPOINT_SECONDS
 
     @property
@@ -1190,7 +1165,7 @@ class Checkpoints:
         if kept := self.kept:
             raise SharedError(
                 f"--out {self.out}: a training was cut short at {_how_far(kept[0])}: --resume goes "
-                f"on with it; to train anew, delete {_join(kept)}"
+                f"on with it; to train anew, delete {self.both}"
             )
 
     def save(self, run: Run) -> None:
@@ -1214,8 +1189,7 @@ class Checkpoints:
         for path in kept:
             try:
                 state = _read_checkpoint(path, run.ranks.device)
-                changed = _differences(state["settings"], bound_settings(run.config))
-                if not changed:
+                if not (changed := _differences(state["settings"], bound_settings(run.config))):
                     run.restore(state)
             except Exception as error:  # whatever reading damaged bytes may raise
                 say(f"warning: {path} is damaged ({_first_line(error)})")
@@ -1228,7 +1202,7 @@ class Checkpoints:
             if path == self.previous and run.ranks.first:
                 self.newest.unlink(missing_ok=True)  # or the next one would put it over the good
             return
-        raise SharedError(f"--resume: no sound checkpoint: to train anew, delete {_join(kept)}")
+        raise SharedError(f"--resume: no sound checkpoint: to train anew, delete {self.both}")
 
     def remove(self) -> None:
         """Forget the checkpoints of a training that is done."""
@@ -1259,10 +1233,6 @@ def _how_far(checkpoint: Path) -> str:
         return "a step that can't be read"
 
 
-def _join(paths: list[Path]) -> str:
-    return " and ".join(map(str, paths))
-
-
 def _differences(theirs: dict, ours: dict) -> str:
     names = [name for name in ours if theirs.get(name) != ours[name]]
     return ", ".join(f"--{n.replace('_', '-')} {theirs.get(n)}, not {ours[n]}" for n in names)
@@ -1275,13 +1245,14 @@ def _first_line(error: Exception) -> str:
 class Progress:
     """What people see while the net learns: a bar on a terminal, the loss curve in the log."""
 
-    def __init__(self, run: Run, log: "Log") -> None:
+    def __init__(self, run: Run, log: Log) -> None:
         self.run, self.log, self.reported = run, log, run.step
         silent = not (run.ranks.first and sys.stderr.isatty())
         self.bar = tqdm(total=0, unit="pictures", unit_scale=True, leave=False, disable=silent)
 
     def start_epoch(self) -> None:
         run = self.run
+        self.first, self.began = run.step, time.monotonic()  # what this process takes of the epoch
         batch, epoch = run.config.batch_size, run.step // run.steps_per_epoch + 1
         self.bar.reset(run.steps_per_epoch * batch)
         self.bar.update(run.step % run.steps_per_epoch * batch)
@@ -1297,12 +1268,12 @@ class Progress:
         losses = run.losses[max(self.reported, first) - first : run.step - first].tolist()
         for step, loss in enumerate(losses, run.step - len(losses)):
             if not math.isfinite(loss):
-                raise diverged(f"the loss is {loss}", step, run)
+                raise DivergenceError(f"the loss is {loss}", step, run)
             if step % REPORT_STEPS == 0:
                 rate = learning_rate(step, run.steps, run.config)
                 self.log.metrics(step, **{"train/loss": loss, "lr": rate})
         if not all(tensor.isfinite().all() for tensor in _floats(run.net)):
-            raise diverged("weights are not finite", run.step - 1, run)
+            raise DivergenceError("weights are not finite", run.step - 1, run)
         self.reported = run.step
         if losses:
             self.bar.set_postfix(loss=f"{losses[-1]:.3f}")
@@ -1341,17 +1312,15 @@ def must_stop(run: Run, stop: Stop) -> bool:
     return bool(stop.signal)
 
 
-def finish_epoch(run: Run, validation: Split, steps: int, seconds: float, log: "Log") -> None:
-    """Measure the averaged weights on validation and keep the best; say and log how it went.
-
-    steps, seconds: those of the epoch that this process took, the rest if it was resumed in it.
-    """
+def finish_epoch(run: Run, validation: Split, progress: Progress) -> None:
+    """Measure the averaged weights on validation and keep the best; say and log how it went."""
+    seconds = time.monotonic() - progress.began
+    speed = (run.step - progress.first) * run.config.batch_size / seconds
     logits = predict(run.average, validation.images, run.precision)
     if not logits.isfinite().all():
-        raise diverged("answers on validation are not finite", run.step - 1, run)
+        raise DivergenceError("answers on validation are not finite", run.step - 1, run)
     figures = measure(logits, validation.labels)
     epoch = run.step // run.steps_per_epoch
-    speed = steps * run.config.batch_size / seconds
     entry = {"epoch": epoch, "loss": run.losses.mean().item(), "seconds": seconds, **figures}
     if all(entry["nll"] < earlier["nll"] for earlier in run.history):
         run.best = {key: tensor.clone() for key, tensor in run.average.state_dict().items()}
@@ -1362,7 +1331,7 @@ def finish_epoch(run: Run, validation: Split, steps: int, seconds: float, log: "
         f"{speed:,.0f} images/s"
     )
     values = {f"val/{name}": value for name, value in figures.items()}
-    log.metrics(run.step, epoch=epoch, **values, **{"images/s": speed})
+    progress.log.metrics(run.step, epoch=epoch, **values, **{"images/s": speed})
 
 
 def load_splits(config: Config, ranks: Ranks) -> tuple[Split, Split, Split]:
@@ -1377,16 +1346,16 @@ def load_splits(config: Config, ranks: Ranks) -> tuple[Split, Split, Split]:
     test = read_emnist(config.data, train=False)
     if len(train.labels) < config.batch_size:
         raise SharedError(f"--batch-size {config.batch_size}: only {len(train.labels)} pictures")
-    return train.to(ranks.device), validation.to(ranks.device), test.to(ranks.device)
+    splits = (train, validation, test)
+    return tuple(Split(*(part.to(ranks.device) for part in split)) for split in splits)
 
 
 def train(config: Config, stop: Stop | None = None) -> dict:
     """Train as the settings say, write the weights, return the figures of every epoch and of test.
 
-    Returns {"history": per epoch, "validation": figures, "test": figures, "confusion": 36 rows},
-    and nothing on ranks other than the first, nor where --resume finds it done. Raises
-    TrainingError, one line for the user, and InterruptedTraining, a checkpoint written, when
-    `stop` got a signal.
+    Returns {"history": per epoch, "validation": figures, "test": figures, "confusion": 36 rows};
+    nothing on other ranks than the first and where --resume finds it done. Raises TrainingError,
+    one line for the user, and InterruptedTraining, a checkpoint written, when `stop` got a signal.
     """
     stop = stop or Stop()
     ranks = join_ranks(config.device)
@@ -1409,21 +1378,17 @@ def train(config: Config, stop: Stop | None = None) -> dict:
         stop.training = True
         try:
             while run.step < run.steps:
-                start, first = time.monotonic(), run.step
                 train_epoch(run, training, progress, checkpoints, stop)
                 if ranks.first:
-                    finish_epoch(run, validation, run.step - first, time.monotonic() - start, log)
+                    finish_epoch(run, validation, progress)
                 checkpoints.save(run)
         except DivergenceError as error:
-            if not ranks.first:
-                raise
-            what_to_do = rescue(run, validation, test, checkpoints)
-            raise TrainingError(f"{error}; {what_to_do}") from None
+            raise SharedError(f"{error}; {rescue(run, validation, test, checkpoints)}") from None
         progress.bar.close()
         if not ranks.first:
             return {}
         results = finish(run, validation, test, config.out)
-        log.finish(results["test"], results["confusion"], ALPHABET, config.out)
+        log.finish(results["test"], results["confusion"], config.out)
     checkpoints.remove()
     return results
 
@@ -1473,12 +1438,10 @@ def rescue(run: Run, validation: Split, test: Split, checkpoints: Checkpoints) -
     """Write the best weights of a training that diverged; say where, and what to do now."""
     found = "no epoch was finished"
     if run.best:
-        out = run.config.out
-        beside = out.with_name(out.name.removesuffix(".pt") + ".rescued.pt")
-        finish(run, validation, test, beside)
+        finish(run, validation, test, checkpoints.rescued)
         best = min(run.history, key=lambda entry: entry["nll"])
-        found = f"{beside} has the weights of epoch {best['epoch']}"
-    delete = f"delete {_join(checkpoints.kept)} and " if checkpoints.kept else ""
+        found = f"{checkpoints.rescued} has the weights of epoch {best['epoch']}"
+    delete = f"delete {checkpoints.both} and " if checkpoints.kept else ""
     return f"{found}: {delete}train anew with a lower --lr"
 
 
@@ -1500,8 +1463,8 @@ def format_results(results: dict) -> str:
         values = (results[split][name] for split in ("validation", "test"))
         lines.append(f"{text:<44}" + "".join(f"{value:>10.{digits}f}" for value in values))
     worst = worst_confusions(torch.tensor(results["confusion"]))
-    lines.append("most frequent confusions on test, truth>answer: ")
-    lines[-1] += ", ".join(f"{truth}>{answer} {count}" for truth, answer, count in worst)
+    pairs = ", ".join(f"{truth}>{answer} {count}" for truth, answer, count in worst)
+    lines.append(f"most frequent confusions on test, truth>answer: {pairs}")
     return "\n".join(lines)
 
 

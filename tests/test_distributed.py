@@ -22,8 +22,8 @@ WATCH = """
 import os, shutil, sys
 
 def watch(event, args):
-    if event == "os.rename":
-        name = os.path.basename(args[1])
+    name = os.path.basename(args[1]) if event == "os.rename" else ""
+    if name.startswith("model"):
         first = not os.path.exists("renames")
         with open("renames", "a") as file:
             file.write(f"{os.environ['RANK']} {name}\\n")

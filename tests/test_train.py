@@ -545,6 +545,15 @@ def test_epochs_show_every_picture_once_each_in_another_order(split):
     assert epochs[0] != epochs[1]
 
 
+@pytest.mark.parametrize(("flag", "compiled"), [(None, 0), (False, 0), (True, 1)])
+def test_net_is_compiled_on_the_cpu_only_when_asked(monkeypatch, flag, compiled):
+    calls = []
+    monkeypatch.setattr(train.Net, "compile", lambda net: calls.append(net))
+    run = small_run(compile=flag)
+    run.build()
+    assert calls == [run.net] * compiled
+
+
 @pytest.mark.parametrize("chunk", [1, 4, 16])
 def test_batches_of_a_resumed_epoch_are_the_same_whatever_the_chunks(split, chunk):
     """A GPU augments CHUNK_STEPS batches at once, and may be stopped in the midst of them."""
@@ -639,7 +648,7 @@ def test_best_epoch_by_validation_is_kept_and_all_is_logged(tiny_emnist, tmp_pat
     epochs = [values for _, values in log.entries if "epoch" in values]
     assert [values["val/nll"] for values in epochs] == [entry["nll"] for entry in history]
     assert all(values["images/s"] > 0 for values in epochs)
-    assert log.finished == (results["test"], results["confusion"], ALPHABET, tmp_path / "model.pt")
+    assert log.finished == (results["test"], results["confusion"], tmp_path / "model.pt")
     assert log.config["lr"] == "0.02"
 
 
@@ -929,7 +938,7 @@ def test_loss_that_is_not_finite_is_named_and_the_good_state_kept(
     rescued, checkpoint = tmp_path / "model.rescued.pt", tmp_path / "model.checkpoint.pt"
     assert error == (
         f"the loss is {shown} at step 12, learning rate {rate:.3g}; {rescued} has the weights of "
-        f"epoch 1: delete {checkpoint} and train anew with a lower --lr"
+        f"epoch 1: delete {tmp_path}/model.checkpoint*.pt and train anew with a lower --lr"
     )
     assert {*tmp_path.iterdir()} == {tmp_path / "model.pt", checkpoint, rescued}
     assert (tmp_path / "model.pt").read_text() == "of an earlier training"
