@@ -1,7 +1,7 @@
 """Train the net on EMNIST's digits and letters, merged into 36 classes, and write model.pt.
 
     python3 train.py                                 # a GPU box, a laptop: what is there is used
-    python3 train.py --resume                        # go on after a crash, Ctrl-C or preemption
+    python3 train.py --resume                        # go on after a crash or preemption, or start
     torchrun --nproc-per-node 4 train.py             # several GPUs, the same global batch
 
 Progress goes to stderr, the table of results to stdout. Validation, cut from train, chooses the
@@ -34,7 +34,7 @@ from contextlib import closing, contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache, partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,6 +68,10 @@ LOW_SIZES = [(7, 7), (8, 8), (10, 10), (12, 12), (14, 14), (16, 8), (9, 14)]  # 
 
 class TrainingError(Exception):
     """Something outside the code ended the training; the message is for the user."""
+
+
+class SharedError(TrainingError):
+    """One that every rank meets alike, so that the first one's line is enough."""
 
 
 def say(line: str) -> None:
@@ -258,7 +262,7 @@ class Archive:
     unpacked: int = 425_600 * (SIZE * SIZE + 1) + 4 * (16 + 8)  # bytes of the 8 files we need
     stall: float = 30  # seconds without a byte after which a connection is given up
     tries: int = 4  # in a row that bring less than 1 % of the archive, before the next source
-    pause: float = 1  # seconds before the second of them, doubled before each later one
+    pause: float = 0.5  # seconds before connecting again, doubled by each try that brought less
 
 
 ARCHIVE = Archive()
@@ -389,9 +393,10 @@ def _install_loose(raw: Path, stem: str) -> None:
 def _install_archive(raw: Path, stems: list[str], archive: Archive) -> None:
     """Unpack the pairs that are wanted from gzip.zip, fetched unless it is there."""
     path = raw / "gzip.zip"
-    if path.is_file() and (found := _md5(path)) != archive.md5:
-        say(f"{path}: not used: its MD5 is {found}, expected {archive.md5}")
-    if not path.is_file() or found != archive.md5:
+    found = _md5(path) if path.is_file() else None
+    if found != archive.md5:
+        if found:
+            say(f"{path}: not used: its MD5 is {found}, expected {archive.md5}")
         path = raw / "gzip.zip.part"
         path.touch()
         _require_space(raw, archive.size - path.stat().st_size + archive.unpacked)
@@ -483,24 +488,22 @@ def _fetch_from(url: str, part: Path, archive: Archive) -> None:
             if error.final or fruitless == archive.tries:
                 raise
             say(f"{url}: {error}; trying again")
-            time.sleep(archive.pause * 2 ** (fruitless - 1) if fruitless else 0)
+            time.sleep(archive.pause * 2**fruitless)
 
 
 def _transfer(url: str, part: Path, archive: Archive) -> None:
     """Write to `part` what one connection brings, and show how far it got."""
     start = done = part.stat().st_size
-    shown = 10 * start // archive.size
     silent = not sys.stderr.isatty()
     bar = tqdm(total=archive.size, initial=start, unit="B", unit_scale=True, disable=silent)
     with bar, part.open("r+b") as file:
         for offset, chunk in _receive(url, start, archive):
             file.seek(offset)
             file.write(chunk)
-            bar.update(offset + len(chunk) - done)
-            done = offset + len(chunk)
-            if silent and 10 * done // archive.size > shown:
-                shown = 10 * done // archive.size
-                say(f"EMNIST: {shown}0 %")
+            before, done = done, offset + len(chunk)
+            bar.update(done - before)
+            if silent and 10 * done // archive.size > 10 * before // archive.size:
+                say(f"EMNIST: {10 * done // archive.size}0 %")
     if done < archive.size:
         raise SourceError(f"cut after {done:,} of {archive.size:,} bytes", final=False)
 
@@ -555,9 +558,6 @@ class Split(NamedTuple):
     images: Tensor
     labels: Tensor
 
-    def to(self, device: torch.device) -> "Split":
-        return Split(self.images.to(device), self.labels.to(device))
-
 
 def read_emnist(root: Path, train: bool) -> Split:
     """Merge EMNIST's digits and letters: its pictures turned upright, its letters after 9."""
@@ -586,10 +586,7 @@ def held_out(images: Tensor) -> Tensor:
 def cut_validation(split: Split) -> tuple[Split, Split]:
     """Split train into train and validation."""
     held = held_out(split.images)
-    return (
-        Split(split.images[~held], split.labels[~held]),
-        Split(split.images[held], split.labels[held]),
-    )
+    return Split(*(part[~held] for part in split)), Split(*(part[held] for part in split))
 
 
 # Augmentation: functions of a batch (N, 1, 28, 28) in [0, 1], on its device, knowing no loop; at
@@ -620,15 +617,10 @@ def warp(images: Tensor, strength: float = 1.0) -> Tensor:
     n, device = len(images), images.device
     draws = (torch.rand(6, n, 1, 1, device=device) * 2 - 1) * strength  # each in [-1, 1]
     angle, shear, scale, stretch, right, down = draws
-    cos, sin, shear = (
-        torch.cos(angle * WARP_ANGLE),
-        torch.sin(angle * WARP_ANGLE),
-        shear * WARP_SHEAR,
-    )
-    across, along = (
-        torch.exp((scale + stretch) * WARP_SCALE),
-        torch.exp((scale - stretch) * WARP_SCALE),
-    )
+    cos, sin = torch.cos(angle * WARP_ANGLE), torch.sin(angle * WARP_ANGLE)
+    shear = shear * WARP_SHEAR
+    across = torch.exp((scale + stretch) * WARP_SCALE)
+    along = torch.exp((scale - stretch) * WARP_SCALE)
     shift = WARP_SHIFT * 2 / SIZE  # grid_sample's unit is half a side
 
     x = (torch.arange(SIZE, device=device) * 2 + 1) / SIZE - 1  # (28,) centres of pixels
@@ -660,14 +652,13 @@ def resolution(images: Tensor, strength: float = 1.0) -> Tensor:
     (chosen,) = pick(images, 1 / 4)
     part = images[chosen]
     turn = torch.arange(len(part), device=device) % len(LOW_SIZES)
-    down_up = [
-        [
-            resampler(SIZE, k, "bicubic", device) @ resampler(k, SIZE, "bilinear", device)
-            for k in size
-        ]
-        for size in LOW_SIZES
-    ]
-    rows, columns = (torch.stack(m)[turn].unsqueeze(1) for m in zip(*down_up, strict=True))
+
+    def down_and_up(sides: tuple[int, ...]) -> Tensor:  # (N / 4, 1, 28, 28) matrices
+        down = [resampler(k, SIZE, "bilinear", device) for k in sides]
+        up = [resampler(SIZE, k, "bicubic", device) for k in sides]
+        return torch.stack([u @ d for u, d in zip(up, down, strict=True)])[turn].unsqueeze(1)
+
+    rows, columns = map(down_and_up, zip(*LOW_SIZES, strict=True))
     coarse = (rows @ part @ columns.mT).clamp(0, 1)  # (N / 4, 1, 28, 28)
     images[chosen] = torch.lerp(part, coarse, strength)
     return images
@@ -689,12 +680,7 @@ def tone(images: Tensor, strength: float = 1.0) -> Tensor:
     return images.clamp(0, 1)
 
 
-AUGMENTATIONS: dict[str, Callable[..., Tensor]] = {
-    "warp": warp,
-    "stroke": stroke,
-    "resolution": resolution,
-    "tone": tone,
-}
+AUGMENTATIONS = {function.__name__: function for function in (warp, stroke, resolution, tone)}
 
 
 def augment(images: Tensor, names: str) -> Tensor:
@@ -843,7 +829,9 @@ class Run:
         self.best: dict[str, Tensor] = {}
         self.history: list[dict[str, float]] = []  # one entry per finished epoch
         self.log_id: str | None = None
-        self.precision = choose_precision(config, ranks.device)
+        auto = CNN.mixed_precision(ranks.device)
+        self.precision = auto if config.precision == "auto" else getattr(torch, config.precision)
+        self.chunk = CHUNK_STEPS if ranks.device.type == "cuda" else 1
         self.forward: nn.Module = self.net
         self.backward: Callable = self.eager_backward
         self.averaged = _floats(self.average), _floats(self.net)
@@ -934,12 +922,6 @@ class GraphedBackward:
         return self.loss
 
 
-def choose_precision(config: Config, device: torch.device) -> torch.dtype:
-    if config.precision == "auto":
-        return CNN.mixed_precision(device)
-    return getattr(torch, config.precision)
-
-
 def make_optimizer(net: nn.Module, config: Config) -> torch.optim.Optimizer:
     shared = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
     kinds = {
@@ -985,11 +967,9 @@ class Log:
         """Log what was measured at a step; with `epoch` where LOG_AXES asks for it."""
         self._do(lambda run: run.log({"step": step, **values}))
 
-    def finish(
-        self, figures: dict, confusion: list[list[int]], alphabet: str, weights: Path
-    ) -> None:
+    def finish(self, figures: dict, confusion: list[list[int]], weights: Path) -> None:
         """Log the test figures, the confusion matrix [actual][predicted] and the weights file."""
-        self._do(lambda run: _log_results(run, figures, confusion, alphabet, weights))
+        self._do(lambda run: _log_results(run, figures, confusion, weights))
 
     def close(self) -> None:
         """Wait until wandb has sent or stored what it has, but no longer than the limit."""
@@ -1037,8 +1017,8 @@ class Log:
         logging.raiseExceptions = False  # or wandb's log file prints tracebacks on a full disk
         import wandb  # takes a second, and not everyone has it
 
-        start = partial(wandb.init, id=self.run_id, resume="allow", config=config)
-        start.keywords["project"] = os.environ.get("WANDB_PROJECT", "emnist")
+        project = os.environ.get("WANDB_PROJECT", "emnist")
+        start = partial(wandb.init, project=project, id=self.run_id, resume="allow", config=config)
         failure = None
         chosen = self._set_up(wandb).settings.mode != "online" or "WANDB_MODE" in os.environ
         try:
@@ -1081,16 +1061,14 @@ def _leave() -> None:
         wandb.teardown()
 
 
-def _log_results(
-    run: object, figures: dict, confusion: list[list[int]], alphabet: str, weights: Path
-) -> None:
+def _log_results(run: object, figures: dict, confusion: list[list[int]], weights: Path) -> None:
     import wandb
 
     columns = ["Actual", "Predicted", "nPredictions"]
     rows = [
         [actual, predicted, int(count)]
-        for actual, counts in zip(alphabet, confusion, strict=True)
-        for predicted, count in zip(alphabet, counts, strict=True)
+        for actual, counts in zip(ALPHABET, confusion, strict=True)
+        for predicted, count in zip(ALPHABET, counts, strict=True)
     ]
     table = wandb.Table(columns=columns, data=rows)
     chart = wandb.plot_table("wandb/confusion_matrix/v1", table, {name: name for name in columns})
@@ -1123,9 +1101,10 @@ class Stop:
 def batches(run: Run, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield what is left of this epoch: augmented pictures (B, 1, 28, 28) and labels (B,).
 
-    Every rank draws the same order and takes its share of each global batch. Random numbers are
-    seeded anew from seed, rank and step, so that a run resumed at any step goes on as if nothing
-    had happened. A GPU augments several batches at once, to launch fewer kernels.
+    Every rank draws the same order and takes its share of each global batch. A GPU augments
+    several batches at once, to launch fewer kernels. Random numbers are seeded anew for each such
+    chunk from seed, rank and step, so that a run resumed at any step goes on with the same batches;
+    on the CPU, whose chunks are one batch, with the same dropout too.
     """
     config, ranks = run.config, run.ranks
     epoch, position = divmod(run.step, run.steps_per_epoch)
@@ -1133,13 +1112,13 @@ def batches(run: Run, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
     order = torch.randperm(len(split.labels), generator=generator).to(ranks.device)
     order = order[: run.steps_per_epoch * config.batch_size]
     order = order.view(run.steps_per_epoch, ranks.world, -1)[:, ranks.rank]  # (steps, B)
-    together = CHUNK_STEPS if ranks.device.type == "cuda" else 1
-    for start in range(position, run.steps_per_epoch, together):
+    for start in range(position - position % run.chunk, run.steps_per_epoch, run.chunk):
         torch.manual_seed(hash((config.seed, ranks.rank, epoch, start)))
-        rows = order[start : start + together]
+        rows = order[start : start + run.chunk]
         images = augment(split.images[rows.flatten()], config.augment)
         images = images.to(memory_format=torch.channels_last)
-        yield from zip(images.split(rows.shape[1]), split.labels[rows], strict=True)
+        chunk = zip(images.split(rows.shape[1]), split.labels[rows], strict=True)
+        yield from islice(chunk, max(0, position - start), None)
 
 
 def take_step(run: Run, images: Tensor, labels: Tensor) -> None:
@@ -1153,13 +1132,12 @@ def take_step(run: Run, images: Tensor, labels: Tensor) -> None:
     run.update_average()
 
 
-def diverged(what: str, step: int, run: Run) -> TrainingError:
-    rate = learning_rate(step, run.steps, run.config)
-    kept = Checkpoints(run.config.out).newest
-    before = f"; {kept} is from before" if kept.exists() else ""
-    return TrainingError(
-        f"{what} at step {step}, learning rate {rate:.3g}{before}: train anew with a lower --lr"
-    )
+class DivergenceError(SharedError):
+    """The loss, the weights or the answers are no longer finite."""
+
+    def __init__(self, what: str, step: int, run: Run) -> None:
+        rate = learning_rate(step, run.steps, run.config)
+        super().__init__(f"{what} at step {step}, learning rate {rate:.3g}")
 
 
 class InterruptedTraining(Exception):  # noqa: N818 (nothing went wrong)
@@ -1171,9 +1149,24 @@ class Checkpoints:
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self.newest = out.with_name(out.name.removesuffix(".pt") + ".checkpoint.pt")
-        self.previous = out.with_name(out.name.removesuffix(".pt") + ".checkpoint.previous.pt")
+        stem = out.name.removesuffix(".pt")
+        self.newest = out.with_name(f"{stem}.checkpoint.pt")
+        self.previous = out.with_name(f"{stem}.checkpoint.previous.pt")
+        self.both = out.with_name(f"{stem}.checkpoint*.pt")
+        self.rescued = out.with_name(f"{stem}.rescued.pt")  # weights, after a divergence
         self.due = time.monotonic() + CHECKPOINT_SECONDS
+
+    @property
+    def kept(self) -> list[Path]:
+        return [path for path in (self.newest, self.previous) if path.exists()]
+
+    def require_none(self) -> None:
+        """Raise SharedError if there are any: a training anew would write over them."""
+        if kept := self.kept:
+            raise SharedError(
+                f"--out {self.out}: a training was cut short at {_how_far(kept[0])}: --resume goes "
+                f"on with it; to train anew, delete {self.both}"
+            )
 
     def save(self, run: Run) -> None:
         """Write the state; a disk that is full costs a warning, not the training."""
@@ -1189,27 +1182,27 @@ class Checkpoints:
         self.due = time.monotonic() + CHECKPOINT_SECONDS
 
     def restore(self, run: Run) -> None:
-        """Set the run to the newest state that can be read. Raises TrainingError if none can."""
-        for path in (self.newest, self.previous):
+        """Set the run to the newest state that can be read. Raises SharedError if none can."""
+        if not (kept := self.kept):
+            say(f"--resume: no checkpoint at {self.newest}: training from step 0")
+            return
+        for path in kept:
             try:
                 state = _read_checkpoint(path, run.ranks.device)
-                changed = _differences(state["settings"], bound_settings(run.config))
-                if not changed:
+                if not (changed := _differences(state["settings"], bound_settings(run.config))):
                     run.restore(state)
-            except FileNotFoundError:
-                continue
             except Exception as error:  # whatever reading damaged bytes may raise
                 say(f"warning: {path} is damaged ({_first_line(error)})")
                 continue
             if changed:
-                raise TrainingError(
+                raise SharedError(
                     f"--resume: {path} was made with {changed}: pass the same settings"
                 )
             say(f"going on from {path}, step {run.step:,} of {run.steps:,}")
             if path == self.previous and run.ranks.first:
                 self.newest.unlink(missing_ok=True)  # or the next one would put it over the good
             return
-        raise TrainingError(f"--resume: no checkpoint to read at {self.newest}: train without it")
+        raise SharedError(f"--resume: no sound checkpoint: to train anew, delete {self.both}")
 
     def remove(self) -> None:
         """Forget the checkpoints of a training that is done."""
@@ -1231,6 +1224,15 @@ def _read_checkpoint(path: Path, device: torch.device) -> dict:
     return torch.load(path, map_location=device, weights_only=True)
 
 
+def _how_far(checkpoint: Path) -> str:
+    try:
+        state = _read_checkpoint(checkpoint, torch.device("cpu"))
+        steps = state["settings"]["epochs"] * len(state["losses"])
+        return f"step {state['step']:,} of {steps:,}"
+    except Exception:  # whatever reading damaged bytes may raise
+        return "a step that can't be read"
+
+
 def _differences(theirs: dict, ours: dict) -> str:
     names = [name for name in ours if theirs.get(name) != ours[name]]
     return ", ".join(f"--{n.replace('_', '-')} {theirs.get(n)}, not {ours[n]}" for n in names)
@@ -1243,13 +1245,14 @@ def _first_line(error: Exception) -> str:
 class Progress:
     """What people see while the net learns: a bar on a terminal, the loss curve in the log."""
 
-    def __init__(self, run: Run, log: "Log") -> None:
+    def __init__(self, run: Run, log: Log) -> None:
         self.run, self.log, self.reported = run, log, run.step
         silent = not (run.ranks.first and sys.stderr.isatty())
         self.bar = tqdm(total=0, unit="pictures", unit_scale=True, leave=False, disable=silent)
 
     def start_epoch(self) -> None:
         run = self.run
+        self.first, self.began = run.step, time.monotonic()  # what this process takes of the epoch
         batch, epoch = run.config.batch_size, run.step // run.steps_per_epoch + 1
         self.bar.reset(run.steps_per_epoch * batch)
         self.bar.update(run.step % run.steps_per_epoch * batch)
@@ -1258,19 +1261,19 @@ class Progress:
     def report(self) -> None:
         """Fetch the losses since the last report, show and log them.
 
-        Raises TrainingError unless they and the weights, that may be saved next, are finite.
+        Raises DivergenceError unless they and the weights, that may be saved next, are finite.
         """
         run = self.run
         first = (run.step - 1) // run.steps_per_epoch * run.steps_per_epoch
         losses = run.losses[max(self.reported, first) - first : run.step - first].tolist()
         for step, loss in enumerate(losses, run.step - len(losses)):
             if not math.isfinite(loss):
-                raise diverged(f"the loss is {loss}", step, run)
+                raise DivergenceError(f"the loss is {loss}", step, run)
             if step % REPORT_STEPS == 0:
                 rate = learning_rate(step, run.steps, run.config)
                 self.log.metrics(step, **{"train/loss": loss, "lr": rate})
         if not all(tensor.isfinite().all() for tensor in _floats(run.net)):
-            raise diverged("weights are not finite", run.step - 1, run)
+            raise DivergenceError("weights are not finite", run.step - 1, run)
         self.reported = run.step
         if losses:
             self.bar.set_postfix(loss=f"{losses[-1]:.3f}")
@@ -1288,7 +1291,7 @@ def train_epoch(
         take_step(run, images, labels)
         progress.bar.update(run.config.batch_size)
         stopping = must_stop(run, stop)
-        saving = stopping or time.monotonic() > checkpoints.due
+        saving = stopping or (run.ranks.first and time.monotonic() > checkpoints.due)
         if run.step == end or saving or (on_cpu and run.step % REPORT_STEPS == 0):
             progress.report()  # waits for the device: on a GPU, for the end of the epoch
         if run.step < end and saving:
@@ -1309,14 +1312,15 @@ def must_stop(run: Run, stop: Stop) -> bool:
     return bool(stop.signal)
 
 
-def finish_epoch(run: Run, validation: Split, seconds: float, log: "Log") -> None:
+def finish_epoch(run: Run, validation: Split, progress: Progress) -> None:
     """Measure the averaged weights on validation and keep the best; say and log how it went."""
+    seconds = time.monotonic() - progress.began
+    speed = (run.step - progress.first) * run.config.batch_size / seconds
     logits = predict(run.average, validation.images, run.precision)
     if not logits.isfinite().all():
-        raise diverged("answers on validation are not finite", run.step - 1, run)
+        raise DivergenceError("answers on validation are not finite", run.step - 1, run)
     figures = measure(logits, validation.labels)
     epoch = run.step // run.steps_per_epoch
-    pictures = run.steps_per_epoch * run.config.batch_size
     entry = {"epoch": epoch, "loss": run.losses.mean().item(), "seconds": seconds, **figures}
     if all(entry["nll"] < earlier["nll"] for earlier in run.history):
         run.best = {key: tensor.clone() for key, tensor in run.average.state_dict().items()}
@@ -1324,16 +1328,16 @@ def finish_epoch(run: Run, validation: Split, seconds: float, log: "Log") -> Non
     say(
         f"epoch {epoch}/{run.config.epochs}: loss {entry['loss']:.4f}, "
         f"validation nll {figures['nll']:.4f}, {figures['accuracy']:.2f} % right, "
-        f"{pictures / seconds:,.0f} images/s"
+        f"{speed:,.0f} images/s"
     )
-    values = {"images/s": pictures / seconds, **{f"val/{n}": v for n, v in figures.items()}}
-    log.metrics(run.step, epoch=epoch, **values)
+    values = {f"val/{name}": value for name, value in figures.items()}
+    progress.log.metrics(run.step, epoch=epoch, **values, **{"images/s": speed})
 
 
 def load_splits(config: Config, ranks: Ranks) -> tuple[Split, Split, Split]:
     """Return train, validation and test, resident on the device. Raises TrainingError."""
     if config.batch_size % ranks.world:
-        raise TrainingError(f"--batch-size {config.batch_size}: not shared by {ranks.world} evenly")
+        raise SharedError(f"--batch-size {config.batch_size}: not shared by {ranks.world} evenly")
     if ranks.first:
         ensure_emnist(config.data)
     if ranks.world > 1:
@@ -1341,23 +1345,29 @@ def load_splits(config: Config, ranks: Ranks) -> tuple[Split, Split, Split]:
     train, validation = cut_validation(read_emnist(config.data, train=True))
     test = read_emnist(config.data, train=False)
     if len(train.labels) < config.batch_size:
-        raise TrainingError(f"--batch-size {config.batch_size}: only {len(train.labels)} pictures")
-    return train.to(ranks.device), validation.to(ranks.device), test.to(ranks.device)
+        raise SharedError(f"--batch-size {config.batch_size}: only {len(train.labels)} pictures")
+    splits = (train, validation, test)
+    return tuple(Split(*(part.to(ranks.device) for part in split)) for split in splits)
 
 
 def train(config: Config, stop: Stop | None = None) -> dict:
     """Train as the settings say, write the weights, return the figures of every epoch and of test.
 
-    Returns {"history": per epoch, "validation": figures, "test": figures, "confusion": 36 rows},
-    and nothing on ranks other than the first. Raises TrainingError, one line for the user, and
-    InterruptedTraining, a checkpoint written, when `stop` got a signal.
+    Returns {"history": per epoch, "validation": figures, "test": figures, "confusion": 36 rows};
+    nothing on other ranks than the first and where --resume finds it done. Raises TrainingError,
+    one line for the user, and InterruptedTraining, a checkpoint written, when `stop` got a signal.
     """
     stop = stop or Stop()
     ranks = join_ranks(config.device)
     check_writable(config.out)
+    checkpoints = Checkpoints(config.out)
+    if not config.resume:
+        checkpoints.require_none()
+    elif not checkpoints.kept and is_done(config):
+        say(f"--resume: {config.out} is done; to train anew, leave --resume out")
+        return {}
     training, validation, test = load_splits(config, ranks)
     run = Run(config, len(training.labels) // config.batch_size, ranks)
-    checkpoints = Checkpoints(config.out)
     if config.resume:
         checkpoints.restore(run)
     run.build()
@@ -1366,17 +1376,19 @@ def train(config: Config, stop: Stop | None = None) -> dict:
         run.log_id = log.run_id
         progress = Progress(run, log)
         stop.training = True
-        while run.step < run.steps:
-            start = time.monotonic()
-            train_epoch(run, training, progress, checkpoints, stop)
-            if ranks.first:
-                finish_epoch(run, validation, time.monotonic() - start, log)
-            checkpoints.save(run)
+        try:
+            while run.step < run.steps:
+                train_epoch(run, training, progress, checkpoints, stop)
+                if ranks.first:
+                    finish_epoch(run, validation, progress)
+                checkpoints.save(run)
+        except DivergenceError as error:
+            raise SharedError(f"{error}; {rescue(run, validation, test, checkpoints)}") from None
         progress.bar.close()
         if not ranks.first:
             return {}
-        results = finish(run, validation, test)
-        log.finish(results["test"], results["confusion"], ALPHABET, config.out)
+        results = finish(run, validation, test, config.out)
+        log.finish(results["test"], results["confusion"], config.out)
     checkpoints.remove()
     return results
 
@@ -1384,7 +1396,7 @@ def train(config: Config, stop: Stop | None = None) -> dict:
 def check_writable(out: Path) -> None:
     """Find out before the training whether the weights can be written after it."""
     try:
-        with tempfile.NamedTemporaryFile(dir=out.parent):
+        with tempfile.TemporaryFile(dir=out.parent):  # nameless: a kill leaves nothing
             pass
     except OSError as error:
         raise TrainingError(f"--out {out}: {error.strerror}: choose a folder to write to") from None
@@ -1392,7 +1404,15 @@ def check_writable(out: Path) -> None:
         raise TrainingError(f"--out {out}: is a folder, expected the name of a file")
 
 
-def finish(run: Run, validation: Split, test: Split) -> dict:
+def is_done(config: Config) -> bool:
+    """Tell whether a training with these settings has written the weights file."""
+    try:
+        return CNN.load(config.out).figures.get("settings") == bound_settings(config)
+    except (OSError, ValueError):
+        return False
+
+
+def finish(run: Run, validation: Split, test: Split, out: Path) -> dict:
     """Calibrate the best weights on validation, read test, write the weights file."""
     net = run.average
     net.load_state_dict(run.best)
@@ -1402,14 +1422,27 @@ def finish(run: Run, validation: Split, test: Split) -> dict:
     figures = {"validation": measure(logits / net.temperature, validation.labels)}
     logits = predict(net, test.images, run.precision)
     figures["test"] = measure(logits / net.temperature, test.labels)
-    net.figures = figures
+    net.figures = dict(figures)
+    if len(run.history) == run.config.epochs:
+        net.figures["settings"] = bound_settings(run.config)  # by them is_done knows a whole run
     try:
-        CNN.save(net, run.config.out)
+        CNN.save(net, out)
     except OSError as error:
-        reason = f"--out {run.config.out}: {error.strerror}"
+        reason = f"--out {out}: {error.strerror}"
         raise TrainingError(f"{reason}: make room, then --resume writes it") from error
     confusion = confuse(logits, test.labels)
     return {**figures, "history": run.history, "confusion": confusion.tolist()}
+
+
+def rescue(run: Run, validation: Split, test: Split, checkpoints: Checkpoints) -> str:
+    """Write the best weights of a training that diverged; say where, and what to do now."""
+    found = "no epoch was finished"
+    if run.best:
+        finish(run, validation, test, checkpoints.rescued)
+        best = min(run.history, key=lambda entry: entry["nll"])
+        found = f"{checkpoints.rescued} has the weights of epoch {best['epoch']}"
+    delete = f"delete {checkpoints.both} and " if checkpoints.kept else ""
+    return f"{found}: {delete}train anew with a lower --lr"
 
 
 def format_results(results: dict) -> str:
@@ -1430,8 +1463,8 @@ def format_results(results: dict) -> str:
         values = (results[split][name] for split in ("validation", "test"))
         lines.append(f"{text:<44}" + "".join(f"{value:>10.{digits}f}" for value in values))
     worst = worst_confusions(torch.tensor(results["confusion"]))
-    lines.append("most frequent confusions on test, truth>answer: ")
-    lines[-1] += ", ".join(f"{truth}>{answer} {count}" for truth, answer, count in worst)
+    pairs = ", ".join(f"{truth}>{answer} {count}" for truth, answer, count in worst)
+    lines.append(f"most frequent confusions on test, truth>answer: {pairs}")
     return "\n".join(lines)
 
 
@@ -1447,9 +1480,11 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + interrupted.args[0]
     except KeyboardInterrupt:
         return 128 + stop.signal
-    except (TrainingError, OSError) as error:
+    except (TrainingError, OSError, torch.OutOfMemoryError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            error = f"out of GPU memory: try a --batch-size below {config.batch_size}"
         say(f"train.py: error: {error}")
-        if _rank() > 0:
+        if _rank() > 0 and not isinstance(error, SharedError):
             print(f"train.py: rank {_rank()}: error: {error}", file=sys.stderr)
         return 1
     if results:

@@ -22,8 +22,8 @@ WATCH = """
 import os, shutil, sys
 
 def watch(event, args):
-    if event == "os.rename":
-        name = os.path.basename(args[1])
+    name = os.path.basename(args[1]) if event == "os.rename" else ""
+    if name.startswith("model"):
         first = not os.path.exists("renames")
         with open("renames", "a") as file:
             file.write(f"{os.environ['RANK']} {name}\\n")
@@ -181,18 +181,44 @@ def test_batch_that_ranks_cannot_share_is_one_line_before_any_download(tmp_path)
     assert not (tmp_path / "absent").exists()
 
 
-def test_other_ranks_keep_silent_but_for_their_own_errors(monkeypatch, capsys, tmp_path):
+@pytest.fixture
+def signal_handlers() -> Iterator[None]:
+    """Put back the handlers that train.main sets."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_other_ranks_keep_silent_but_for_their_own_errors(
+    monkeypatch, capsys, tmp_path, signal_handlers
+):
     monkeypatch.setattr(train, "_rank", lambda: 1)
     train.say("a line that the first rank says too")
     assert capsys.readouterr().err == ""
-    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    try:
-        assert train.main(["--out", str(tmp_path), "--no-wandb", "--device", "cpu"]) == 1
-    finally:
-        for number, handler in zip((signal.SIGTERM, signal.SIGINT), handlers, strict=True):
-            signal.signal(number, handler)
+    assert train.main(["--out", str(tmp_path), "--no-wandb", "--device", "cpu"]) == 1
     expected = "is a folder, expected the name of a file"
     assert capsys.readouterr().err == f"train.py: rank 1: error: --out {tmp_path}: {expected}\n"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_error_that_all_ranks_meet_is_said_by_the_first(
+    monkeypatch, capsys, tmp_path, signal_handlers, rank
+):
+    monkeypatch.setattr(train, "_rank", lambda: rank)
+    ranks = train.Ranks(rank, 2, torch.device("cpu"))
+    monkeypatch.setattr(train, "join_ranks", lambda device: ranks)
+    assert train.main(flags(tmp_path, tmp_path, "--batch-size", 15)) == 1
+    line = "train.py: error: --batch-size 15: not shared by 2 evenly\n"
+    assert capsys.readouterr().err == ("" if rank else line)
+
+
+def test_batch_that_ranks_cannot_share_is_one_line_of_ours(tmp_path):
+    with torchrun(tmp_path, new_folder(tmp_path / "out"), "--batch-size", 15) as job:
+        _, stderr = job.communicate(timeout=100)
+    assert job.returncode != 0
+    assert stderr.count("error: --batch-size 15: not shared by 2 evenly") == 1
+    assert f'File "{train.__file__}"' not in stderr
 
 
 # Batch norm over the batches of all ranks

@@ -228,8 +228,7 @@ def test_killed_twenty_times_it_ends_bit_for_bit_the_same(trainings, folder, uni
         moment = {"kill": (int(random.integers(0, 5)), random.uniform(0, 0.01))}
         if when:
             moment = {"die": (function, int(random.integers(1, 9)), when)}
-        resume = ["--resume"] if steps[-1] else []
-        outcome = trainings.run(folder, *resume, **moment, seconds=0)
+        outcome = trainings.run(folder, "--resume", **moment, seconds=0)
         assert outcome.status == -signal.SIGKILL, (i, moment, outcome.said)
         kept = [step_in(folder / n) for n in (CHECKPOINT, PREVIOUS) if (folder / n).exists()]
         steps.append(max(kept, default=0))
@@ -383,7 +382,8 @@ def test_two_damaged_checkpoints_are_one_line_and_stay(
     assert outcome.status == 1
     *warnings, error = outcome.said.splitlines()
     assert len(warnings) == 2
-    assert error.startswith(f"train.py: error: --resume: no checkpoint to read at {copied}")
+    what_to_do = f"to train anew, delete {copied}/model.checkpoint*.pt"
+    assert error == f"train.py: error: --resume: no sound checkpoint: {what_to_do}"
     assert names(copied) == names(interrupted)
 
 
@@ -414,8 +414,61 @@ def test_data_may_have_moved(trainings, tiny_emnist, copied, uninterrupted, tmp_
     assert_finishes(trainings, copied, uninterrupted, "--data", tmp_path / "moved")
 
 
-def test_resume_without_a_checkpoint_is_one_line(trainings, folder):
-    outcome = trainings.run(folder, "--resume")
+# Started anew, or by the same command again and again
+
+
+@pytest.mark.parametrize("kept", [[CHECKPOINT, PREVIOUS], [PREVIOUS]], ids=["both", "previous"])
+def test_training_anew_never_writes_over_a_checkpoint(trainings, copied, interrupted, kept):
+    for name in {CHECKPOINT, PREVIOUS} - {*kept}:
+        (copied / name).unlink()
+    outcome = trainings.run(copied)
     assert outcome.status == 1
-    error = f"--resume: no checkpoint to read at {folder / CHECKPOINT}: train without it"
-    assert outcome.said == f"train.py: error: {error}\n"
+    found = f"a training was cut short at step {step_in(copied / kept[0])} of 120"
+    what_to_do = f"--resume goes on with it; to train anew, delete {copied}/model.checkpoint*.pt"
+    assert outcome.said == f"train.py: error: --out {copied}/model.pt: {found}: {what_to_do}\n"
+    assert names(copied) == sorted(kept)
+    for name in kept:
+        assert (copied / name).read_bytes() == (interrupted / name).read_bytes()
+    for path in copied.glob("model.checkpoint*.pt"):
+        path.unlink()
+    assert trainings.run(copied).status == 0
+
+
+def test_training_anew_never_writes_over_a_damaged_checkpoint(trainings, copied):
+    cut(copied / CHECKPOINT)
+    size = (copied / CHECKPOINT).stat().st_size
+    outcome = trainings.run(copied)
+    assert outcome.status == 1
+    assert "cut short at a step that can't be read: --resume goes on" in outcome.said
+    assert (copied / CHECKPOINT).stat().st_size == size
+
+
+def test_one_command_with_resume_starts_and_ends_a_training(trainings, folder, uninterrupted):
+    outcome = assert_finishes(trainings, folder, uninterrupted)
+    start = f"--resume: no checkpoint at {folder / CHECKPOINT}: training from step 0"
+    assert outcome.said.splitlines()[0] == start
+    written = (folder / "model.pt").stat().st_ino
+    outcome = trainings.run(folder, "--resume", "--data", folder / "absent")
+    assert outcome.status == 0
+    done = f"--resume: {folder / 'model.pt'} is done; to train anew, leave --resume out"
+    assert outcome.said == f"{done}\n"
+    assert (folder / "model.pt").stat().st_ino == written
+    assert names(folder) == ["model.pt"]
+
+    outcome = trainings.run(folder, "--resume", "--epochs", 1)
+    assert outcome.status == 0
+    assert outcome.said.splitlines()[0] == start
+    assert (folder / "model.pt").read_bytes() != uninterrupted
+
+
+@pytest.mark.parametrize(
+    "write",
+    [lambda path: CNN.save(CNN.Net("run1"), path), lambda path: path.write_text("no weights")],
+    ids=["shipped", "text"],
+)
+def test_weights_that_do_not_say_how_they_were_made_are_not_done(trainings, folder, write):
+    write(folder / "model.pt")
+    outcome = trainings.run(folder, "--resume", "--epochs", 1)
+    assert outcome.status == 0
+    assert "training from step 0" in outcome.said
+    assert CNN.load(folder / "model.pt").figures["settings"]["epochs"] == 1

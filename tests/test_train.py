@@ -545,6 +545,49 @@ def test_epochs_show_every_picture_once_each_in_another_order(split):
     assert epochs[0] != epochs[1]
 
 
+@pytest.mark.parametrize(("flag", "compiled"), [(None, 0), (False, 0), (True, 1)])
+def test_net_is_compiled_on_the_cpu_only_when_asked(monkeypatch, flag, compiled):
+    calls = []
+    monkeypatch.setattr(train.Net, "compile", lambda net: calls.append(net))
+    run = small_run(compile=flag)
+    run.build()
+    assert calls == [run.net] * compiled
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 16])
+def test_batches_of_a_resumed_epoch_are_the_same_whatever_the_chunks(split, chunk):
+    """A GPU augments CHUNK_STEPS batches at once, and may be stopped in the midst of them."""
+    run = small_run(batch_size=16, augment=ALL)
+    assert run.chunk == 1  # on the CPU
+    run.chunk, run.steps_per_epoch = chunk, 9
+    run.step = 9
+    epoch = list(train.batches(run, split))
+    assert len(epoch) == 9
+    for position in range(9):
+        run.step = 9 + position
+        left = list(train.batches(run, split))
+        assert len(left) == 9 - position
+        for ours, theirs in zip(left, epoch[position:], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_checkpoints_that_are_due_are_the_first_ranks_affair(split, monkeypatch, tmp_path):
+    """The others would wait for their device at every step from then on."""
+    reported = []
+    monkeypatch.setattr(train.Progress, "report", lambda self: reported.append(self.run.step))
+    for rank, expected in ((0, [1, 2, 3, 4]), (1, [4])):
+        run = small_run()
+        run.steps_per_epoch, run.ranks = 4, train.Ranks(rank, 2, CPU)
+        run.losses = torch.zeros(4)
+        checkpoints = train.Checkpoints(tmp_path / "model.pt")
+        monkeypatch.setattr(checkpoints, "save", lambda run: None)
+        checkpoints.due = 0
+        progress = train.Progress(run, train.Log(False, {}))
+        train.train_epoch(run, split, progress, checkpoints, train.Stop())
+        assert reported == expected
+        reported.clear()
+
+
 def trained(data: Path, folder: Path, **settings: object) -> tuple[bytes, dict]:
     folder.mkdir(parents=True, exist_ok=True)
     plain = {"arch": "run1", "epochs": 3, "batch_size": 16, "warmup": 5, "wandb": False}
@@ -605,8 +648,27 @@ def test_best_epoch_by_validation_is_kept_and_all_is_logged(tiny_emnist, tmp_pat
     epochs = [values for _, values in log.entries if "epoch" in values]
     assert [values["val/nll"] for values in epochs] == [entry["nll"] for entry in history]
     assert all(values["images/s"] > 0 for values in epochs)
-    assert log.finished == (results["test"], results["confusion"], ALPHABET, tmp_path / "model.pt")
+    assert log.finished == (results["test"], results["confusion"], tmp_path / "model.pt")
     assert log.config["lr"] == "0.02"
+
+
+def test_speed_of_a_resumed_epoch_is_that_of_its_rest(tiny_emnist, tmp_path, monkeypatch):
+    take_step, stop = train.take_step, train.Stop()
+
+    def stopped(run: train.Run, *batch: torch.Tensor) -> None:
+        take_step(run, *batch)
+        if run.step == 14 and not stop.signal:
+            stop(signal.SIGTERM, None)
+
+    plain = {"arch": "run1", "epochs": 2, "batch_size": 16, "warmup": 5}
+    config = train.Config(data=tiny_emnist, out=tmp_path / "model.pt", device="cpu", **plain)
+    monkeypatch.setattr(train, "Log", Recorder)
+    monkeypatch.setattr(train, "take_step", stopped)
+    with pytest.raises(train.InterruptedTraining):
+        train.train(config, stop)
+    history = train.train(replace(config, resume=True))["history"]
+    (values,) = (values for _, values in Recorder.last.entries if "images/s" in values)
+    assert values["images/s"] == pytest.approx(2 * 16 / history[1]["seconds"])
 
 
 def test_terminal_shows_a_bar_with_the_loss(tiny_emnist, tmp_path, monkeypatch):
@@ -868,13 +930,26 @@ def test_loss_that_is_not_finite_is_named_and_the_good_state_kept(
         loss = backward(run, images, labels)
         return torch.full_like(loss, value) if run.step == 12 else loss
 
+    (tmp_path / "model.pt").write_text("of an earlier training")
     with monkeypatch.context() as patched:
         patched.setattr(train.Run, "eager_backward", spoilt)
         error = the_error(run_main())
     rate = train.learning_rate(12, 24, train.Config(warmup=5))
-    assert error.startswith(f"the loss is {shown} at step 12, learning rate {rate:.3g}; ")
-    assert [path.name for path in tmp_path.iterdir()] == ["model.checkpoint.pt"]
-    assert torch.load(tmp_path / "model.checkpoint.pt", weights_only=True)["step"] == 8
+    rescued, checkpoint = tmp_path / "model.rescued.pt", tmp_path / "model.checkpoint.pt"
+    assert error == (
+        f"the loss is {shown} at step 12, learning rate {rate:.3g}; {rescued} has the weights of "
+        f"epoch 1: delete {tmp_path}/model.checkpoint*.pt and train anew with a lower --lr"
+    )
+    assert {*tmp_path.iterdir()} == {tmp_path / "model.pt", checkpoint, rescued}
+    assert (tmp_path / "model.pt").read_text() == "of an earlier training"
+    state = torch.load(checkpoint, weights_only=True)
+    assert state["step"] == 8
+    net = CNN.load(rescued)
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, state["average"][name])
+    assert net.figures["validation"]["nll"] <= state["history"][0]["nll"]  # by the temperature
+    rescued.rename(tmp_path / "model.pt")
+    assert not train.is_done(train.parse(["--out", str(tmp_path / "model.pt")]))
     assert run_main("--resume")[0] == 0
 
 
@@ -883,8 +958,19 @@ def test_training_that_diverges_never_saves_what_became_of_it(run_main, tmp_path
     flags = ["--optimizer", "sgd", "--lr", lr, "--precision", "float32", "--epochs", 2]
     error = the_error(run_main(*flags, "--batch-size", 128))  # one step an epoch, its loss finite
     rate = f"{float(lr) / 5:.3g}"
-    assert error.startswith(f"{what} are not finite at step 0, learning rate {rate}: train anew")
+    assert error == (
+        f"{what} are not finite at step 0, learning rate {rate}; no epoch was finished: "
+        "train anew with a lower --lr"
+    )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_gpu_memory_that_is_full_is_one_line(run_main, monkeypatch):
+    def full(*args: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(train.Run, "eager_backward", full)
+    assert the_error(run_main()) == "out of GPU memory: try a --batch-size below 16"
 
 
 # The whole

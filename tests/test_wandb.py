@@ -43,7 +43,7 @@ def training(enabled, limit, seconds, run_id):
     Path("model.pt").write_bytes(b"weights" * 200)
     confusion = [[7 if a == p else int(p == 3) for p in range(36)] for a in range(36)]
     start = time.monotonic()
-    log.finish({"accuracy": 0.9375, "nll": 0.1875}, confusion, train.ALPHABET, Path("model.pt"))
+    log.finish({"accuracy": 0.9375, "nll": 0.1875}, confusion, Path("model.pt"))
     blocked = max(blocked, time.monotonic() - start)
     log.close()
     closing = time.monotonic() - start
@@ -73,6 +73,8 @@ for line in sys.stdin:
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["file_size"], hard))
     training(**order["training"])
+    if order["file_size"]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))  # coverage writes at the end
     break  # and end as a script does
 """
 
