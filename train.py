@@ -114,7 +114,7 @@ class Config:
     device: str = setting("auto", "cpu, cuda, cuda:1, …; auto: cuda where there is one")
     compile: bool | None = setting(None, "compile the step; by default on a GPU only")
     wandb: bool = setting(True, "log to Weights & Biases")
-    resume: bool = setting(False, "go on from the checkpoint beside --out")
+    resume: bool = setting(False, "go on from the checkpoint beside --out, or start")
 
 
 UNBOUND = {"data", "out", "device", "compile", "wandb", "resume"}  # may differ on --resume
@@ -1445,20 +1445,22 @@ def rescue(run: Run, validation: Split, test: Split, checkpoints: Checkpoints) -
     return f"{found}: {delete}train anew with a lower --lr"
 
 
+FIGURES = {  # of `measure`, in words
+    "accuracy": "all, % right",
+    "digits": "digits, % right",
+    "letters": "letters, % right",
+    "classes": "mean over classes, % right",
+    "digits_known": "digits, when only digits can be answered",
+    "letters_known": "letters, when only letters can be answered",
+    "nll": "negative log-likelihood, nats",
+    "ece": "expected calibration error",
+}
+
+
 def format_results(results: dict) -> str:
     """Return the closing table and the ten most frequent confusions, as lines of text."""
-    names = {
-        "accuracy": "all, % right",
-        "digits": "digits, % right",
-        "letters": "letters, % right",
-        "classes": "mean over classes, % right",
-        "digits_known": "digits, when only digits can be answered",
-        "letters_known": "letters, when only letters can be answered",
-        "nll": "negative log-likelihood, nats",
-        "ece": "expected calibration error",
-    }
     lines = [f"{'':<44}{'validation':>10}{'test':>10}"]
-    for name, text in names.items():
+    for name, text in FIGURES.items():
         digits = 4 if name in ("nll", "ece") else 2
         values = (results[split][name] for split in ("validation", "test"))
         lines.append(f"{text:<44}" + "".join(f"{value:>10.{digits}f}" for value in values))

@@ -138,10 +138,11 @@ def make(name: str, settings: dict, data: Path, weights: Path) -> str:
     train.load_splits = lambda *_: (learnt, *_SPLITS[1:])
     train.say = lambda line: print(f"{name}: {line}", file=sys.stderr, flush=True)
     config = train.Config(
-        data=data, out=weights / f"{name}.pt", wandb=False,
+        data=data, out=weights / f"{name}.pt", wandb=False, resume=True,
         compile=None if settings.get("arch", "default") in ("default", "large") else False,
         **settings,
     )  # fmt: skip
+    config.out.unlink(missing_ok=True)  # or a run whose record is gone would count as done
     start = time.monotonic()
     results = train.train(config)
     record = {

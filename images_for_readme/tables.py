@@ -85,18 +85,8 @@ def headline() -> str:
 
 
 def accuracy() -> str:
-    names = {
-        "accuracy": "all, % right",
-        "digits": "digits, % right",
-        "letters": "letters, % right",
-        "classes": "mean over classes, % right",
-        "digits_known": "digits, when only digits can be answered",
-        "letters_known": "letters, when only letters can be answered",
-        "nll": "negative log-likelihood, nats",
-        "ece": "expected calibration error",
-    }
     shipped, rows = run("shipped"), []
-    for key, text in names.items():
+    for key, text in train.FIGURES.items():
         digits = 4 if key in ("nll", "ece") else 2
         rows.append(
             (text, *(f"{shipped[split][key]:.{digits}f}" for split in ("validation", "test")))
