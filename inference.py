@@ -17,6 +17,7 @@ stderr. Exit code: 0 all answered, 1 some could not be, 2 wrong usage, 130 inter
 import argparse
 import base64
 import csv
+import hashlib
 import io
 import json
 import multiprocessing
@@ -994,13 +995,16 @@ def classify(
             yield passes.popleft().result()
 
 
-UNPRINTABLE = re.compile(  # control characters, bidirectional controls, bytes that are not UTF-8
-    "[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+UNPRINTABLE = re.compile(  # backslash, control characters and bytes that are not UTF-8
+    "[\\\\\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 
 
 def escaped(text: str) -> str:
-    """Return text as one line that can't steer a terminal, \\n and the like spelt out."""
+    """Return text as one line that can't steer a terminal, and never the same for two texts.
+
+    A backslash is doubled, \\n and the like spelt out, \\x1b or \\xff a byte, \\u202e a character.
+    """
     return UNPRINTABLE.sub(_escape, text)
 
 
@@ -1008,7 +1012,7 @@ def _escape(match: re.Match) -> str:
     code = ord(match[0])
     if 0xDC80 <= code <= 0xDCFF:  # a byte of a name that is not UTF-8
         return f"\\x{code - 0xDC00:02x}"
-    return match[0].encode("unicode_escape").decode()
+    return f"\\u{code:04x}" if code >= 0x80 else match[0].encode("unicode_escape").decode()
 
 
 def ascii_line(result: Result) -> str:
@@ -1060,61 +1064,86 @@ def partial(file: Path, flag: str) -> Path:
 class Output:
     """Writes results in order to stdout, or to FILE.partial, which becomes FILE when all is done.
 
-    resume: go on where FILE.partial, or else FILE, ends; `done` says which paths it holds.
+    resume: go on with FILE.partial, or else FILE: what has no answer there is tried again, and at
+    the end all rows come in the order of the listing, new ones in place of old. settings: what the
+    answers depend on, by flag. Raises Halt if FILE.partial was begun with others.
     """
 
-    def __init__(self, file: Path | None, form: str, resume: bool) -> None:
-        self.form, self.done, self.failed = form, set(), 0
+    def __init__(self, file: Path | None, form: str, resume: bool, settings: dict) -> None:
+        self.form, self.size, self.failed = form, 0, 0  # size: bytes of the rows there already
+        self.done: dict[str, bool] = {}  # the pictures they answer, and whether by a character
+        self.places: dict[str, int] = {}  # in the listing, where there are such rows
         self.partial = partial(file, "--output") if file else None
-        if not self.partial:
-            self.stream: IO[bytes] = sys.stdout.buffer
-        elif resume:
-            self._go_on()
-        else:
-            if self.partial.exists() and self.partial.stat().st_size:
-                print(f"inference.py: starting anew, not from {self.partial}", file=sys.stderr)
-            self.stream = open(self.partial, "wb")  # noqa: SIM115 - closed by finish
-        if form == "csv" and not (self.partial and self.stream.tell()):
+        try:
+            self.stream = self._open(resume, settings) if file else sys.stdout.buffer
+        except OSError as error:
+            raise Halt(f"--output {file}: {error.strerror}") from None
+        if form == "csv" and not self.size:
             self.stream.write(CSV_HEADER.encode())
 
-    def _go_on(self) -> None:
-        """Open FILE.partial after its last whole row, having noted what it holds."""
-        file = self.partial.with_suffix("")
-        if file.exists() and not self.partial.exists():
+    def _open(self, resume: bool, settings: dict) -> IO[bytes]:
+        """Open FILE.partial after its last whole row; keep the settings beside it."""
+        file, self.settings = self.partial.with_suffix(""), Path(f"{self.partial}.settings")
+        if resume and self.partial.exists():
+            with suppress(FileNotFoundError, ValueError):
+                begun = json.loads(self.settings.read_text())
+                if others := [f"{k} {v}" for k, v in begun.items() if settings.get(k) != v]:
+                    what = f"{self.partial} was begun with {', '.join(others)}"
+                    raise Halt(f"--resume: {what}: give the same again, or start without --resume")
+            self._note(self.partial)
+        elif resume and file.exists():
+            self._note(file)
             shutil.copyfile(file, self.partial)
-        self.stream = open(self.partial, "a+b")  # noqa: SIM115 - closed by finish
-        self.stream.seek(0)
-        whole, row = 0, b""
-        for line in self.stream:
-            row += line
-            if not row.endswith(b"\n") or (self.form == "csv" and row.count(b'"') % 2):
-                continue  # torn, or a quoted path that goes on in the next line
-            if whole or self.form != "csv" or row != CSV_HEADER.encode():
-                path, character = self._parse(row.decode("utf-8", "surrogateescape"), whole)
-                self.done.add(path)
-                self.failed += not character
-            whole, row = whole + len(row), b""
-        self.stream.truncate(whole)
-        self.stream.seek(whole)
+        stream = open(self.partial, "ab")  # noqa: SIM115 - closed by finish
+        if stream.tell() and not self.size:
+            print(f"inference.py: starting anew, not from {self.partial}", file=sys.stderr)
+        stream.truncate(self.size)
+        self.settings.write_text(json.dumps(settings))
+        return stream
 
-    def _parse(self, row: str, start: int) -> tuple[str, str]:
-        """Return the path and the character, if any, of a row that starts at a byte of the file."""
-        try:
+    def _note(self, file: Path) -> None:
+        for _, end, path, character, alternatives in self._rows(file):
+            self.size = end
+            if character or alternatives:
+                self.done[path] = bool(character)
+
+    def _rows(self, file: Path) -> Iterator[tuple]:
+        """Yield start, end, path, character and alternatives of each whole row of a file."""
+        start, row = 0, b""
+        with open(file, "rb") as lines:
+            for line in lines:
+                row += line
+                if not row.endswith(b"\n") or (self.form == "csv" and row.count(b'"') % 2):
+                    continue  # torn, or a quoted path that goes on in the next line
+                text, end = row.decode("utf-8", "surrogateescape"), start + len(row)
+                yield start, end, *self._parse(text, f"{file}, byte {start}")
+                start, row = end, b""
+
+    def _parse(self, row: str, place: str) -> tuple:
+        """Return path, character and alternatives, "" for none; of a header, no path."""
+        with suppress(ValueError, KeyError, TypeError, AttributeError, csv.Error):
             if self.form == "json":
                 content = json.loads(row)
-                return content["path"], content["character"]
-            if self.form == "csv" and start > 0:
-                path, character, _, _, _, _ = next(csv.reader([row]))
-                return path, character
-            code, path = re.fullmatch("([0-9]{3}|---), (.+)\n", row).groups()
-            return path, code.strip("-")
-        except (ValueError, KeyError, TypeError, AttributeError):
-            what = f"no {self.form} row of this program: {escaped(row[:60])}"
-            raise Halt(f"--resume: {self.partial}, byte {start}: {what}") from None
+                return content["path"], content["character"], content["alternatives"]
+            if self.form == "ascii":
+                code, path = re.fullmatch("([0-9]{3}|---), (.+)\n", row).groups()
+                return path, code.strip("-"), code
+            if row == CSV_HEADER:
+                return "", "", ""
+            path, character, _, alternatives, _, _ = next(csv.reader([row]))
+            if len(character) < 2:
+                return path, character, alternatives
+        what = f"no {self.form} row of this program: {escaped(row[:60])}"
+        raise Halt(f"--resume: {place}: {what}")
 
     def holds(self, path: str) -> bool:
-        """Tell whether the file that is resumed holds the path."""
-        return (escaped(path) if self.form == "ascii" else path) in self.done
+        """Tell whether there is an answer already for a path, which is the next of the listing."""
+        if not self.size:
+            return False
+        path = escaped(path) if self.form == "ascii" else path
+        self.places[path] = len(self.places)
+        self.failed += not self.done.get(path, True)
+        return path in self.done
 
     def write(self, results: list[Result]) -> None:
         """Write and flush, so that a run cut short leaves all it had."""
@@ -1128,7 +1157,22 @@ class Output:
         if self.partial:
             os.fsync(self.stream.fileno())
             self.stream.close()
+            if self.size:
+                self._sort()
             self.partial.replace(self.partial.with_suffix(""))
+            self.settings.unlink(missing_ok=True)
+
+    def _sort(self) -> None:
+        """Put the rows of FILE.partial in the order of the listing, the last for each picture."""
+        rows = {path: (start, end) for start, end, path, _, _ in self._rows(self.partial)}
+        ordered = Path(f"{self.partial}.ordered")
+        with open(self.partial, "rb") as old, open(ordered, "wb") as new:
+            for path in sorted(rows, key=lambda path: self.places.get(path, -1)):
+                old.seek(rows[path][0])
+                new.write(old.read(rows[path][1] - rows[path][0]))
+            new.flush()
+            os.fsync(new.fileno())
+        ordered.replace(self.partial)
 
 
 THUMBNAIL_SIDE = 96  # px
@@ -1300,6 +1344,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.resume and not args.output:
         parser.error("--resume needs the --output of the run that was cut short")
+    if args.resume and args.report:
+        parser.error("--report shows every picture, --resume skips some: leave one of them out")
     if args.format == "ascii" and not args.report and args.topk != parser.get_default("topk"):
         print("inference.py: --topk shows in --format csv and json, --report", file=sys.stderr)
     return args
@@ -1354,8 +1400,8 @@ def answer_all(args: argparse.Namespace, pool: Pool, classifier: Classifier, ran
     if ranks.rank > 0:
         deque(ranks.answers(listing, answer), maxlen=0)
         return 0
-    output, report = Output(args.output, args.format, args.resume), Report(args.report)
-    talk = Talk()
+    output = Output(args.output, args.format, args.resume, settings(args))
+    report, talk = Report(args.report), Talk()
     if output.done:
         talk.say(f"{len(output.done):,} pictures are in {output.partial} already")
     listing = (pair for pair in listing if not output.holds(pair[0]))
@@ -1367,6 +1413,16 @@ def answer_all(args: argparse.Namespace, pool: Pool, classifier: Classifier, ran
     report.finish()
     talk.close(passed_over)
     return 1 if output.failed or talk.counts.total() > talk.counts["answered"] else 0
+
+
+def settings(args: argparse.Namespace) -> dict[str, object]:
+    """Return what the answers depend on besides the pictures and this program."""
+    flags = ("alphabet", "min_confidence", "topk", "format")
+    with open(args.model, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return {"--model of SHA-256": digest} | {
+        f"--{flag.replace('_', '-')}": getattr(args, flag) for flag in flags
+    }
 
 
 def load_net(path: Path, device: str) -> "CNN.Net":
@@ -1420,7 +1476,10 @@ def _stop(number: int, frame: object) -> None:
 
 
 def _how_to_go_on(args: argparse.Namespace) -> str:
-    return f"; the same command with --resume goes on with {args.output}" if args.output else ""
+    if not args.output or not os.path.isfile(f"{os.path.realpath(args.output)}.partial"):
+        return ""
+    but = " and without --report" if args.report else ""
+    return f"; the same command with --resume{but} goes on with {args.output}"
 
 
 PAGE = """<!doctype html>

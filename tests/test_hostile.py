@@ -7,6 +7,7 @@ The fuzz test runs over 5,000 mutated files, over more with
 
 import io
 import os
+import re
 import resource
 import shutil
 import signal
@@ -529,11 +530,23 @@ def test_any_alphabet_is_understood_or_refused(text: str) -> None:
             inference.parse_alphabet(text, known)
 
 
-@given(st.text())
-def test_escaped_is_one_line_without_control_characters(text: str) -> None:
+hard = st.sampled_from("\\\n\x1b\x9f\u2028\u202e\udc9f\udcff\udc5cnxu09f5c")
+
+
+@given(st.text() | st.text(hard))
+def test_escaped_is_one_line_without_control_characters_and_can_be_undone(text: str) -> None:
     shown = inference.escaped(text)
     assert len(shown.splitlines()) <= 1
     assert shown.encode().decode() == shown  # no lone surrogates
     assert "\x1b" not in shown
-    if text.isprintable():
+    if text.isprintable() and "\\" not in text:
         assert shown == text
+
+    def undone(match: re.Match) -> str:
+        letter, code = match[0][1], match[0][2:]
+        if code:
+            return chr(int(code, 16) + 0xDC00 * (letter == "x" and int(code, 16) >= 0x80))
+        return {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}[letter]
+
+    escapes = r"\\(?:x[0-9a-f]{2}|u[0-9a-f]{4}|[nrt\\])"
+    assert re.sub(escapes, undone, shown) == text

@@ -450,6 +450,7 @@ def test_topk_is_said_to_have_no_effect_on_ascii(run, folder: Path) -> None:
         (["--timeout", "-1"], "--timeout"),
         (["--format", "xml"], "xml"),
         (["--resume"], "--output"),
+        (["--resume", "--output", "a", "--report", "b"], "--report shows every picture"),
         (["--output", "/dev/null"], "not a regular file"),
         (["--output", "missing/out.csv"], "folder is missing"),
         (["--report", "."], "not a regular file"),
@@ -554,17 +555,62 @@ def test_resume_gives_the_file_of_a_run_that_was_not_cut(
         assert not part.exists()
 
 
-def test_resume_adds_to_a_complete_file_what_is_new(run, tmp_path: Path) -> None:
-    pictures, output = tmp_path / "pictures", tmp_path / "link.csv"
-    output.symlink_to(tmp_path / "out.csv")
+@pytest.mark.parametrize("form", ["ascii", "csv", "json"])
+def test_resume_tries_again_what_had_no_answer_and_keeps_the_order(
+    run, tmp_path: Path, form: str
+) -> None:
+    pictures, output, whole = tmp_path / "pictures", tmp_path / "link", tmp_path / "whole"
+    output.symlink_to(tmp_path / "out")
     pictures.mkdir()
-    flags = ("--input", pictures, "--format", "csv", "--output", output, "--resume")
-    for name in "ba":
-        glyph().save(pictures / f"{name}.png")
-        assert run(*flags)[0] == 0
-    written = rows((tmp_path / "out.csv").read_bytes())
-    assert [Path(row["path"]).name for row in written] == ["b.png", "a.png"]
+    flags = ("--input", pictures, "--format", form, "--output", output)
+    for name in "bdf":
+        glyph(name.upper()).save(pictures / f"{name}.png")
+    for name in "ceg":
+        (pictures / f"{name}.png").write_bytes(b"torn")
+    assert run(*flags)[0] == 1
+    (pictures / "g.png").unlink()
+    glyph("C").save(pictures / "c.png")
+    glyph("A").save(pictures / "a.png")  # new
+    code, _, err = run(*flags, "--resume")
+    assert code == 1
+    assert f"3 pictures are in {tmp_path / 'out'}.partial already" in err
+    assert "3 pictures: 2 answered, 1 unreadable" in err
+    glyph("E").save(pictures / "e.png")
+    assert run(*flags, "--resume")[0] == 0
+    assert run(*flags[:-1], whole)[0] == 0
+    lines = (tmp_path / "out").read_bytes().splitlines()
+    assert [line for line in lines if b"g.png" not in line] == whole.read_bytes().splitlines()
+    assert sorted(os.listdir(tmp_path)) == ["link", "out", "pictures", "whole"]
     assert output.is_symlink()
+
+
+def test_resume_counts_doubtful_answers_of_before(run, folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    flags = ("--input", folder / "part1", "--min-confidence", 1, "--output", output)
+    assert run(*flags)[0] == 1
+    before = output.read_bytes()
+    assert b"---, " in before
+    code, _, err = run(*flags, "--resume")
+    assert code == 1
+    assert "0 pictures: none found" in err
+    assert output.read_bytes() == before
+
+
+@pytest.mark.parametrize("form", ["ascii", "csv"])
+def test_resume_takes_no_name_for_another(run, tmp_path: Path, form: str) -> None:
+    """Names are bytes: a newline, and backslash and n; two bytes, and the same as a character."""
+    pictures, output = tmp_path / "pictures", tmp_path / "out"
+    pictures.mkdir()
+    names = [b"1\n.png", b"1\\n.png", b"2\x9f.png", "2\x9f.png".encode(), b"2\\x9f.png"]
+    paths = [pictures / os.fsdecode(name) for name in names]
+    flags = ("--input", pictures, "--format", form, "--output", output, "--resume")
+    for path in paths:
+        glyph().save(path, "PNG")
+        code, _, err = run(*flags)
+        assert code == 0
+        assert "1 pictures: 1 answered" in err
+    assert run(*flags[:-3])[1] == output.read_bytes()
+    assert len(set(output.read_bytes().splitlines())) >= len(names)
 
 
 @pytest.mark.parametrize(("form", "other"), [("csv", "json"), ("json", "ascii"), ("ascii", "csv")])
@@ -576,8 +622,60 @@ def test_resume_refuses_a_file_of_another_form(
     content = output.read_bytes()
     code, out, err = run("--input", folder, "--format", form, "--output", output, "--resume")
     assert (code, out) == (2, b"")
-    assert f"no {form} row of this program" in err
+    assert f"--resume: {output}, byte 0: no {form} row of this program" in err
+    assert err.count("\n") == 1
     assert output.read_bytes() == content
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--alphabet", "0-9"),
+        ("--min-confidence", "0.5"),
+        ("--topk", "2"),
+        ("--format", "ascii"),
+        ("--model", "other.pt"),
+    ],
+)
+def test_resume_refuses_other_settings_and_names_them(
+    weights: Path,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    flags: tuple[str, str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    CNN.save(CNN.Net(), Path("other.pt"))
+    begin = ["--input", str(folder / "part1"), "--model", str(weights), "--output", "out"]
+    begin += ["--format", "json"]
+    with monkeypatch.context() as patch:
+        patch.setattr(inference.Output, "finish", lambda self: 1 / 0)  # cut short, all but done
+        with pytest.raises(ZeroDivisionError):
+            inference.main(begin)
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert {path.name for path in files} == {"other.pt", "out.partial", "out.partial.settings"}
+    capsys.readouterr()
+    assert inference.main([*begin, "--resume", *flags]) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert f"out.partial was begun with {flags[0]} " in err[-1]
+    assert err[-1].count(" --") == 3  # two flags of the advice
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
+    assert inference.main([*begin, "--resume", "--batch-size", "9"]) == 0
+    assert sorted(os.listdir(tmp_path)) == ["other.pt", "out"]
+
+
+@pytest.mark.parametrize("place", ["n" * 250, "folder"])
+def test_a_file_that_cannot_be_written_is_one_line_without_a_hint(
+    run, folder: Path, tmp_path: Path, place: str
+) -> None:
+    (tmp_path / "folder.partial").mkdir()
+    code, out, err = run("--input", folder, "--output", tmp_path / place)
+    assert (code, out) == (2, b"")
+    assert err.count("\n") == 1
+    assert "too long" in err or "Is a directory" in err
+    assert "--resume" not in err
 
 
 def test_a_full_disk_is_one_line_and_keeps_what_was_written(weights: Path, folder: Path) -> None:
