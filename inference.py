@@ -1255,7 +1255,7 @@ class Talk:
         self.say(f"{total:,} pictures: {', '.join(parts) or 'none found'} ({rate})")
 
 
-ROUND = 1024  # pictures that a rank is dealt at a time under torchrun
+ROUNDS = (64, 1024)  # pictures that a rank is dealt at a time under torchrun: at first, at most
 
 
 class Ranks:
@@ -1283,12 +1283,13 @@ class Ranks:
 
         with _stdout_on_stderr():  # torch 2.10 greets there
             _together(distributed.init_process_group, "gloo", timeout=timedelta(days=1))
-        last = False
+        last, size = False, ROUNDS[0]
         while not last:
             shares, dealt = None, [None]
             if self.rank == 0:
-                blocks = [list(islice(listing, ROUND)) for _ in range(self.count)]
-                shares = [(block, len(blocks[-1]) < ROUND) for block in blocks]
+                blocks = [list(islice(listing, size)) for _ in range(self.count)]
+                shares = [(block, len(blocks[-1]) < size) for block in blocks]
+                size = min(2 * size, ROUNDS[1])
             _together(distributed.scatter_object_list, dealt, shares)
             block, last = dealt[0]
             own = [result for results in classified(iter(block)) for result in results]

@@ -703,7 +703,7 @@ def test_two_ranks_write_what_one_process_writes(run, weights: Path, tmp_path: P
     many.mkdir()
     for i, name in enumerate(HOSTILE):
         glyph("3AQ7"[i % 4], 30, seed=i).save(many / os.fsdecode(name), "PNG")
-    for i in range(3 * inference.ROUND):  # more than a round, not a whole number of them
+    for i in range(3 * inference.ROUNDS[1]):  # more than a round, not a whole number of them
         os.link(many / os.fsdecode(HOSTILE[i % len(HOSTILE)]), many / f"{i}.png")
     flags = ("--input", many, "--format", "csv")
     end = subprocess.run(torchrun(weights, *flags), capture_output=True)
@@ -712,12 +712,38 @@ def test_two_ranks_write_what_one_process_writes(run, weights: Path, tmp_path: P
     assert end.stderr.count(b" pictures: ") == 1
 
 
+def test_ranks_are_dealt_few_pictures_at_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    dealt: list[list[int]] = []
+
+    def scatter(own: list, shares: list) -> None:
+        dealt.append([len(block) for block, _ in shares])
+        own[0], others[:] = shares[0], shares[1][0]
+
+    def gather(own: list, gathered: list) -> None:
+        gathered[:] = [own, others]
+
+    others: list[tuple[str, str]] = []
+    for name in ("init_process_group", "destroy_process_group"):
+        monkeypatch.setattr(torch.distributed, name, lambda *_, **__: None)
+    monkeypatch.setattr(torch.distributed, "scatter_object_list", scatter)
+    monkeypatch.setattr(torch.distributed, "gather_object", gather)
+    ranks = inference.Ranks()
+    ranks.count = 2
+    pairs = [(f"{i}.png", "") for i in range(8500)]
+    answers = [
+        pair for own in ranks.answers(iter(pairs), lambda block: [list(block)]) for pair in own
+    ]
+    assert answers == pairs
+    assert dealt[:-1] == [[n, n] for n in (64, 128, 256, 512, 1024, 1024, 1024)]
+    assert dealt[-1] == [436, 0]
+
+
 def test_a_lost_rank_fails_the_job_and_resume_finishes_it(
     run, weights: Path, folder: Path, tmp_path: Path
 ) -> None:
     many = tmp_path / "many"
     many.mkdir()
-    for i in range(5 * inference.ROUND):
+    for i in range(5 * inference.ROUNDS[1]):
         os.link(folder / "part0" / "deep" / "003_3.png", many / f"{i:05d}.png")
     output, part = tmp_path / "out.json", tmp_path / "out.json.partial"
     flags = ("--input", many, "--format", "json", "--output", output)
