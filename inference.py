@@ -829,7 +829,7 @@ class Pool:
             worker = busy.pop(connection)
             try:
                 self._take(worker)
-            except (EOFError, OSError):
+            except (EOFError, OSError, ValueError):
                 worker.process.join(1)  # its pipe closes a moment before it is gone
                 self._bury(worker, "")
         for worker in busy.values():
@@ -845,8 +845,8 @@ class Pool:
         errors = message.decode().split("\0")
         views = worker.connection.recv_bytes().decode().split("\0")
         block = worker.connection.recv_bytes()
-        if len(block) != errors.count("") * self.size**2:
-            raise OSError("not an answer")
+        if len(views) != len(errors) or len(block) != errors.count("") * self.size**2:
+            raise ValueError("not an answer")
         start, job = 0, worker.given.popleft()
         worker.deadline = time.monotonic() + self.timeout + FLUSH_SECONDS
         for (i, path), error, view in zip(job, errors, views, strict=False):
@@ -870,7 +870,8 @@ class Pool:
             self.jobs.extendleft([numbered] for numbered in reversed(job))
         elif job:
             (i, path), cause = job[0], signal.strsignal(-code) if code and code < 0 else code
-            self.answered[i] = Picture(path, b"", why or f"its decoder died ({cause})")
+            died = "gave no answer that can be" if code is None else f"died ({cause})"
+            self.answered[i] = Picture(path, b"", why or f"its decoder {died}")
 
     def close(self) -> None:
         """End all workers."""

@@ -5,6 +5,7 @@ The fuzz test runs over 5,000 mutated files, over more with
     FUZZ_FILES=200000 FUZZ_SEED=2 pytest tests/test_hostile.py -k fuzz
 """
 
+import functools
 import io
 import os
 import re
@@ -325,6 +326,61 @@ def test_a_worker_answers_in_raw_bytes_under_limits(
     assert "Truncated" in reasons[3]
     assert len(other_views.split(b"\0")) == 4
     assert other_block == expected[0].tobytes()
+
+
+def test_what_a_decoder_does_becomes_a_reason_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process: `work` and `_prepare` end a worker's life elsewhere."""
+
+    def exhaust(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    paths = [tmp_path / name for name in ("text.png", "pipe.png", "exif.png", "sound.png")]
+    text, pipe, exif, sound = map(str, paths)
+    paths[0].write_text("no picture")
+    os.mkfifo(pipe)
+    picture().save(exif, exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    picture().save(sound)
+    not_regular = "can't be read: not a regular file"
+    errors, _, block = inference._prepare([text, pipe, exif, sound], SIZE, False)
+    assert errors == ["not a picture in a format that is read here", not_regular, "", ""]
+    assert block[: SIZE**2] == block[SIZE**2 :]
+    regular = os.stat(sound)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", lambda path: regular)  # a pipe in its place a moment later
+        assert inference._prepare([pipe], SIZE, False)[0] == [not_regular]
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", exhaust)
+        assert inference._prepare([sound], SIZE, False)[0] == ["takes too much memory"]
+    monkeypatch.setattr(inference, "FLUSH_SECONDS", -1)
+    assert inference._prepare([sound, sound], SIZE, False)[0] == [""]
+
+
+def test_paths_too_long_for_a_pipe_wait_for_their_turn(
+    pool: inference.Pool, tmp_path: Path
+) -> None:
+    deep = tmp_path.joinpath(*["d" * 200] * 4)
+    deep.mkdir(parents=True)
+    picture().save(deep / "0.png")
+    for i in range(1, 600):
+        os.link(deep / "0.png", deep / f"{i}.png")
+    assert set(through(pool, sorted(deep.iterdir())).values()) == {""}
+
+
+@pytest.mark.parametrize(
+    "answer", [(b"", b"", b"few"), (b"\xff", b"", b""), (b"bad\0bad", b"", b"")]
+)
+def test_a_worker_that_lies_is_replaced(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answer: tuple[bytes, ...]
+) -> None:
+    monkeypatch.setattr(inference, "work", functools.partial(misbehaving.lie, answer=answer))
+    pool = inference.Pool(1, timeout=10, thumbnails=False)
+    for name in "ab":
+        picture().save(tmp_path / f"{name}.png")
+    error = "its decoder gave no answer that can be"
+    assert through(pool, sorted(tmp_path.iterdir())) == {"a.png": error, "b.png": error}
+    pool.close()
 
 
 def test_workers_that_never_start_are_said_so(

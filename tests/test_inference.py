@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -473,6 +474,64 @@ def test_wrong_usage_is_one_clear_message_and_2_with_nothing_written(
     assert message in err.splitlines()[-1]
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flag", ["--output", "--report"])
+def test_what_is_read_is_never_replaced(
+    run, weights: Path, folder: Path, tmp_path: Path, flag: str
+) -> None:
+    single = tmp_path / "single"
+    glyph().save(single, "PNG")
+    (tmp_path / "link").symlink_to(weights)
+    for file in (single, weights, tmp_path / "link", folder / "blank.png"):
+        before = file.read_bytes()
+        code, out, err = run("--input", folder, single, flag, file)
+        assert (code, out) == (2, b"")
+        assert err == f"inference.py: {flag} {file}: would replace what is read: choose another\n"
+        assert file.read_bytes() == before
+    code, _, err = run("--input", single, "--output", tmp_path / "x", "--report", tmp_path / "x")
+    assert code == 2
+    assert "--report" in err
+
+
+def test_weights_without_finite_answers_are_refused(run, folder: Path, tmp_path: Path) -> None:
+    net = CNN.Net()
+    with torch.no_grad():
+        net.fc2.weight.fill_(3e38)
+    CNN.save(net, tmp_path / "huge.pt")
+    code, out, err = run("--input", folder / "part1", "--model", tmp_path / "huge.pt")
+    assert (code, out) == (2, b"")
+    assert err == "inference.py: --model: its weights give no finite answers: take others\n"
+
+
+def test_on_a_terminal_a_bar_shows_and_errors_stand_above_it(
+    run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(sys.stderr), "isatty", lambda stream: True)
+    code, out, err = run("--input", folder)
+    plain = run("--input", folder)
+    assert (code, out) == plain[:2]
+    assert " pictures/s" in err
+    lines = [line.rpartition("\r")[2] for line in err.split("\n")]
+    assert [line for line in lines if "blank: no ink" in line] == [
+        f"{folder}/blank.png: {inference.BLANK}"
+    ]
+
+
+@pytest.mark.parametrize("redirection", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_streams(weights: Path, folder: Path, tmp_path: Path, redirection: str) -> None:
+    def end(*flags: object) -> subprocess.CompletedProcess:
+        words = map(str, command(weights, "--input", folder / "part1", *flags))
+        line = f"{shlex.join(words)} {redirection}"
+        return subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+
+    without, written = end(), end("--output", tmp_path / "out")
+    assert (without.returncode, written.returncode) == (0 if redirection == "2>&-" else 2, 0)
+    assert (tmp_path / "out").read_bytes().count(b"\n") == 48
+    assert without.stderr == (
+        "inference.py: stdout is closed: name a file with --output\n" * (redirection == ">&-")
+    )
+    assert without.stdout.count("\n") == 48 * (redirection == "2>&-")
 
 
 def test_0_when_all_are_answered(run, folder: Path, tmp_path: Path) -> None:
