@@ -1221,13 +1221,11 @@ class Talk:
     """What goes to stderr: one line for each error, on a terminal a bar, and the closing line."""
 
     def __init__(self) -> None:
+        from tqdm import tqdm
+
         self.counts: Counter[str] = Counter()
         self.started = time.monotonic()
-        self.bar = None
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self.bar = tqdm(unit=" pictures", leave=False, dynamic_ncols=True)
+        self.bar = tqdm(unit=" pictures", leave=False, dynamic_ncols=True, disable=None)
 
     def follow(self, results: list[Result], say_errors: bool) -> None:
         """Count results and name those without an answer."""
@@ -1235,20 +1233,17 @@ class Talk:
             self.counts[result.kind] += 1
             if say_errors and result.kind in ("blank", "unreadable"):
                 self.say(f"{escaped(result.path)}: {result.error}")
-        if self.bar is not None:
-            self.bar.update(len(results))
+        self.bar.update(len(results))
 
     def say(self, message: str) -> None:
         """Write a line, above the bar if there is one."""
-        if self.bar is not None:
-            self.bar.clear()
+        self.bar.clear()
         print(message, file=sys.stderr)
 
     def close(self, passed_over: Counter[str]) -> None:
         """Write the closing line."""
         seconds = time.monotonic() - self.started
-        if self.bar is not None:
-            self.bar.close()
+        self.bar.close()
         total = self.counts.total()
         parts = [f"{self.counts[kind]:,} {kind}" for kind in KINDS if self.counts[kind]]
         parts += [f"{count:,} {kind} passed over" for kind, count in sorted(passed_over.items())]
@@ -1492,24 +1487,21 @@ PAGE = """<!doctype html>
   style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <title>Characters, most doubtful first</title>
 <style>
-:root { color-scheme: light dark; --paper: light-dark(#fff, #16181c);
-  --ink: light-dark(#1a1c20, #e8e9ec); --soft: light-dark(#5f6570, #9aa1ad);
-  --line: light-dark(#d9dce1, #343840); --card: light-dark(#f6f7f9, #1e2126);
-  --mark: light-dark(#0b62d6, #6db0ff); --low: #d9822b }
+:root { color-scheme: light dark; --soft: light-dark(#5f6570, #9aa1ad);
+  --line: light-dark(#d9dce1, #343840); --mark: light-dark(#0b62d6, #6db0ff) }
 * { box-sizing: border-box }
-body { margin: 0; background: var(--paper); color: var(--ink);
-  font: 14px/1.4 system-ui, sans-serif }
+body { margin: 0; font: 14px/1.4 system-ui, sans-serif }
+body, header { background: light-dark(#fff, #16181c); color: light-dark(#1a1c20, #e8e9ec) }
 header { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: .5rem 1.25rem;
-  align-items: center; padding: .6rem 1rem; background: var(--paper);
-  border-bottom: 1px solid var(--line) }
+  align-items: center; padding: .6rem 1rem; border-bottom: 1px solid var(--line) }
 h1 { font-size: 1rem; margin: 0 }
-header small { color: var(--soft); margin-left: auto }
+small { margin-left: auto }
 kbd { border: 1px solid var(--line); border-radius: 3px; padding: 0 .3em; font: inherit }
 select, input { font: inherit; accent-color: var(--mark); vertical-align: middle }
 main { display: grid; grid-template-columns: repeat(auto-fill, minmax(21rem, 1fr)); gap: .6rem;
   padding: 1rem }
 article { display: grid; grid-template-columns: 96px 84px 1fr; gap: .2rem .7rem; padding: .6rem;
-  border: 1px solid var(--line); border-radius: 8px; background: var(--card);
+  border: 1px solid var(--line); border-radius: 8px; background: light-dark(#f6f7f9, #1e2126);
   content-visibility: auto; contain-intrinsic-size: auto 150px; scroll-margin: 4.5rem 0 1rem }
 article:focus { outline: 2px solid var(--mark); outline-offset: 1px }
 figure { margin: 0; height: 96px; display: grid; place-items: center }
@@ -1518,9 +1510,9 @@ img { min-width: 56px; object-fit: contain }
 canvas { width: 84px; height: 84px; border: 1px solid var(--line) }
 b { font: 600 2.4rem/1 ui-monospace, monospace; display: block }
 meter { width: 100% }
-.doubt b { color: var(--low) }
+.doubt b { color: #d9822b }
 .soft { color: var(--soft); overflow-wrap: anywhere }
-.path { grid-column: 1 / -1; color: var(--soft); overflow-wrap: anywhere; font-size: 12px }
+.path { grid-column: 1 / -1; font-size: 12px }
 </style>
 <header>
 <h1 id="count"></h1>
@@ -1530,8 +1522,8 @@ meter { width: 100% }
 <label><input id="alike" type="checkbox"> look-alikes only</label>
 <label>Order <select id="order"><option value="2">doubt</option><option value="0">path</option>
 <option value="1">answer</option></select></label>
-<small><kbd>j</kbd> <kbd>k</kbd> or arrows: move, <kbd>a</kbd> answer, <kbd>d</kbd> doubt,
-<kbd>Esc</kbd> back</small>
+<small class="soft"><kbd>j</kbd> <kbd>k</kbd> or arrows: move, <kbd>a</kbd> answer,
+<kbd>d</kbd> doubt, <kbd>Esc</kbd> back</small>
 </header>
 <main id="list"></main>
 <p id="end"></p>
@@ -1543,46 +1535,37 @@ ROWS
 const get = id => document.getElementById(id), list = get("list"), step = 120
 const rows = JSON.parse(get("rows").textContent)
 const percent = p => (100 * p).toFixed(1) + "\\u00a0%"
-const unanswered = ([, , , alternatives, , error]) =>
-  alternatives.length ? "no answer" : error.startsWith("blank") ? "blank" : "unreadable"
-const kind = row => row[1] || unanswered(row)
+const kind = ([, character, , others, , error]) => character
+  || (others.length ? "no answer" : error.startsWith("blank") ? "blank" : "unreadable")
+const soft = textContent => ({ textContent, className: "soft" })
+const add = (parent, name, properties) =>
+  Object.assign(parent.appendChild(document.createElement(name)), properties)
 let shown = [], built = 0
 
-function add(parent, name, text, className) {
-  const element = document.createElement(name)
-  if (text) element.textContent = text
-  if (className) element.className = className
-  return parent.appendChild(element)
-}
-function drawInk(canvas, base64) {
-  const ink = Array.from(atob(base64), c => c.charCodeAt(0))
-  canvas.width = canvas.height = Math.sqrt(ink.length)
-  const image = new ImageData(canvas.width, canvas.height)
-  ink.forEach((level, i) => image.data.set([level, level, level, 255], 4 * i))
-  canvas.getContext("2d").putImageData(image, 0, 0)
-}
-function card(row) {
-  const [path, character, confidence, alternatives, alike, error, ink, view] = row
-  const article = document.createElement("article")
-  article.tabIndex = -1
-  article.classList.toggle("doubt", confidence < 0.9)
-  article.setAttribute("aria-label", `${kind(row)}, ${percent(confidence)}, ${path}`)
-  const left = add(article, "figure"), middle = add(article, "figure"), right = add(article, "div")
-  if (view) Object.assign(add(left, "img"), { src: view, alt: "as it came" })
-  if (ink) drawInk(add(middle, "canvas"), ink)
-  add(right, "b", character || "\\u2013")
-  if (confidence) {
-    add(right, "meter").value = confidence
-    add(right, "span", percent(confidence) + " ")
-    add(right, "span", alternatives.map(([c, p]) => `${c}\\u00a0${percent(p)}`).join(", "), "soft")
+function addCard(row) {
+  const [path, character, confidence, others, alike, error, ink, view] = row
+  const article = add(list, "article", { tabIndex: -1, className: confidence < 0.9 ? "doubt" : "",
+    ariaLabel: `${kind(row)}, ${percent(confidence)}, ${path}` })
+  const [left, middle, right] = ["figure", "figure", "div"].map(name => add(article, name))
+  if (view) add(left, "img", { src: view, alt: "as it came" })
+  if (ink) {
+    const pixels = Array.from(atob(ink), c => c.charCodeAt(0)), side = Math.sqrt(pixels.length)
+    const levels = Uint8ClampedArray.from(pixels.flatMap(level => [level, level, level, 255]))
+    const canvas = add(middle, "canvas", { width: side, height: side })
+    canvas.getContext("2d").putImageData(new ImageData(levels, side), 0, 0)
   }
-  if (alike) add(right, "div", `${[...alike].join(", ")} look alike`, "soft")
-  if (error) add(right, "div", error, "soft")
-  add(article, "div", path, "path")
-  return article
+  add(right, "b", { textContent: character || "\\u2013" })
+  if (confidence) {
+    add(right, "meter", { value: confidence })
+    add(right, "span", { textContent: percent(confidence) + " " })
+    add(right, "span", soft(others.map(([c, p]) => `${c}\\u00a0${percent(p)}`).join(", ")))
+  }
+  if (alike) add(right, "div", soft(`${[...alike].join(", ")} look alike`))
+  if (error) add(right, "div", soft(error))
+  add(article, "div", { textContent: path, className: "soft path" })
 }
 function more() {
-  list.append(...shown.slice(built, built += step).map(card))
+  shown.slice(built, built += step).forEach(addCard)
 }
 function show() {
   const answer = get("answer").value, doubt = +get("doubt").value, by = +get("order").value
@@ -1597,15 +1580,14 @@ function show() {
   scrollTo(0, 0)
 }
 function move(by) {
-  const cards = list.children, now = Array.prototype.indexOf.call(cards, document.activeElement)
+  const cards = list.children, now = [...cards].indexOf(document.activeElement)
   const next = now < 0 ? 0 : Math.max(0, now + by)
   if (next >= cards.length - 1) more()
   cards[next]?.focus({ preventScroll: true })
   cards[next]?.scrollIntoView({ block: "nearest" })
 }
-for (const name of [...new Set(rows.map(kind))].sort()) {
-  add(get("answer"), "option", name).value = name
-}
+for (const value of [...new Set(rows.map(kind))].sort())
+  add(get("answer"), "option", { value, textContent: value })
 for (const id of ["answer", "doubt", "alike", "order"]) get(id).addEventListener("input", show)
 addEventListener("keydown", event => {
   const wide = getComputedStyle(list).gridTemplateColumns.split(" ").length
@@ -1619,8 +1601,8 @@ addEventListener("keydown", event => {
   else return
   event.preventDefault()
 })
-const ahead = { rootMargin: "1500px" }
-new IntersectionObserver(seen => seen[0].isIntersecting && more(), ahead).observe(get("end"))
+new IntersectionObserver(seen => seen[0].isIntersecting && more(), { rootMargin: "1500px" })
+  .observe(get("end"))
 show()
 </script>
 """
