@@ -18,6 +18,7 @@ import argparse
 import base64
 import csv
 import gc
+import hashlib
 import io
 import json
 import multiprocessing
@@ -868,7 +869,7 @@ class Pool:
             worker = busy.pop(connection)
             try:
                 self._take(worker)
-            except (EOFError, OSError):
+            except (EOFError, OSError, ValueError):
                 worker.process.join(1)  # its pipe closes a moment before it is gone
                 self._bury(worker, "")
         for worker in busy.values():
@@ -884,8 +885,8 @@ class Pool:
         errors = message.decode().split("\0")
         views = worker.connection.recv_bytes().decode().split("\0")
         block = worker.connection.recv_bytes()
-        if len(block) != errors.count("") * self.size**2:
-            raise OSError("not an answer")
+        if len(views) != len(errors) or len(block) != errors.count("") * self.size**2:
+            raise ValueError("not an answer")
         start, job = 0, worker.given.popleft()
         worker.deadline = time.monotonic() + self.timeout + FLUSH_SECONDS
         for (i, path), error, view in zip(job, errors, views, strict=False):
@@ -909,7 +910,8 @@ class Pool:
             self.jobs.extendleft([numbered] for numbered in reversed(job))
         elif job:
             (i, path), cause = job[0], signal.strsignal(-code) if code and code < 0 else code
-            self.answered[i] = Picture(path, b"", why or f"its decoder died ({cause})")
+            died = "gave no answer that can be" if code is None else f"died ({cause})"
+            self.answered[i] = Picture(path, b"", why or f"its decoder {died}")
 
     def close(self) -> None:
         """End all workers."""
@@ -1042,13 +1044,16 @@ def classify(
             yield passes.popleft().result()
 
 
-UNPRINTABLE = re.compile(  # control characters, bidirectional controls, bytes that are not UTF-8
-    "[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+UNPRINTABLE = re.compile(  # backslash, control characters and bytes that are not UTF-8
+    "[\\\\\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 
 
 def escaped(text: str) -> str:
-    """Return text as one line that can't steer a terminal, \\n and the like spelt out."""
+    """Return text as one line that can't steer a terminal, and never the same for two texts.
+
+    A backslash is doubled, \\n and the like spelt out, \\x1b or \\xff a byte, \\u202e a character.
+    """
     return UNPRINTABLE.sub(_escape, text)
 
 
@@ -1056,7 +1061,7 @@ def _escape(match: re.Match) -> str:
     code = ord(match[0])
     if 0xDC80 <= code <= 0xDCFF:  # a byte of a name that is not UTF-8
         return f"\\x{code - 0xDC00:02x}"
-    return match[0].encode("unicode_escape").decode()
+    return f"\\u{code:04x}" if code >= 0x80 else match[0].encode("unicode_escape").decode()
 
 
 def ascii_line(result: Result) -> str:
@@ -1108,61 +1113,86 @@ def partial(file: Path, flag: str) -> Path:
 class Output:
     """Writes results in order to stdout, or to FILE.partial, which becomes FILE when all is done.
 
-    resume: go on where FILE.partial, or else FILE, ends; `done` says which paths it holds.
+    resume: go on with FILE.partial, or else FILE: what has no answer there is tried again, and at
+    the end all rows come in the order of the listing, new ones in place of old. settings: what the
+    answers depend on, by flag. Raises Halt if FILE.partial was begun with others.
     """
 
-    def __init__(self, file: Path | None, form: str, resume: bool) -> None:
-        self.form, self.done, self.failed = form, set(), 0
+    def __init__(self, file: Path | None, form: str, resume: bool, settings: dict) -> None:
+        self.form, self.size, self.failed = form, 0, 0  # size: bytes of the rows there already
+        self.done: dict[str, bool] = {}  # the pictures they answer, and whether by a character
+        self.places: dict[str, int] = {}  # in the listing, where there are such rows
         self.partial = partial(file, "--output") if file else None
-        if not self.partial:
-            self.stream: IO[bytes] = sys.stdout.buffer
-        elif resume:
-            self._go_on()
-        else:
-            if self.partial.exists() and self.partial.stat().st_size:
-                print(f"inference.py: starting anew, not from {self.partial}", file=sys.stderr)
-            self.stream = open(self.partial, "wb")  # noqa: SIM115 - closed by finish
-        if form == "csv" and not (self.partial and self.stream.tell()):
+        try:
+            self.stream = self._open(resume, settings) if file else sys.stdout.buffer
+        except OSError as error:
+            raise Halt(f"--output {file}: {error.strerror}") from None
+        if form == "csv" and not self.size:
             self.stream.write(CSV_HEADER.encode())
 
-    def _go_on(self) -> None:
-        """Open FILE.partial after its last whole row, having noted what it holds."""
-        file = self.partial.with_suffix("")
-        if file.exists() and not self.partial.exists():
+    def _open(self, resume: bool, settings: dict) -> IO[bytes]:
+        """Open FILE.partial after its last whole row; keep the settings beside it."""
+        file, self.settings = self.partial.with_suffix(""), Path(f"{self.partial}.settings")
+        if resume and self.partial.exists():
+            with suppress(FileNotFoundError, ValueError):
+                begun = json.loads(self.settings.read_text())
+                if others := [f"{k} {v}" for k, v in begun.items() if settings.get(k) != v]:
+                    what = f"{self.partial} was begun with {', '.join(others)}"
+                    raise Halt(f"--resume: {what}: give the same again, or start without --resume")
+            self._note(self.partial)
+        elif resume and file.exists():
+            self._note(file)
             shutil.copyfile(file, self.partial)
-        self.stream = open(self.partial, "a+b")  # noqa: SIM115 - closed by finish
-        self.stream.seek(0)
-        whole, row = 0, b""
-        for line in self.stream:
-            row += line
-            if not row.endswith(b"\n") or (self.form == "csv" and row.count(b'"') % 2):
-                continue  # torn, or a quoted path that goes on in the next line
-            if whole or self.form != "csv" or row != CSV_HEADER.encode():
-                path, character = self._parse(row.decode("utf-8", "surrogateescape"), whole)
-                self.done.add(path)
-                self.failed += not character
-            whole, row = whole + len(row), b""
-        self.stream.truncate(whole)
-        self.stream.seek(whole)
+        stream = open(self.partial, "ab")  # noqa: SIM115 - closed by finish
+        if stream.tell() and not self.size:
+            print(f"inference.py: starting anew, not from {self.partial}", file=sys.stderr)
+        stream.truncate(self.size)
+        self.settings.write_text(json.dumps(settings))
+        return stream
 
-    def _parse(self, row: str, start: int) -> tuple[str, str]:
-        """Return the path and the character, if any, of a row that starts at a byte of the file."""
-        try:
+    def _note(self, file: Path) -> None:
+        for _, end, path, character, alternatives in self._rows(file):
+            self.size = end
+            if character or alternatives:
+                self.done[path] = bool(character)
+
+    def _rows(self, file: Path) -> Iterator[tuple]:
+        """Yield start, end, path, character and alternatives of each whole row of a file."""
+        start, row = 0, b""
+        with open(file, "rb") as lines:
+            for line in lines:
+                row += line
+                if not row.endswith(b"\n") or (self.form == "csv" and row.count(b'"') % 2):
+                    continue  # torn, or a quoted path that goes on in the next line
+                text, end = row.decode("utf-8", "surrogateescape"), start + len(row)
+                yield start, end, *self._parse(text, f"{file}, byte {start}")
+                start, row = end, b""
+
+    def _parse(self, row: str, place: str) -> tuple:
+        """Return path, character and alternatives, "" for none; of a header, no path."""
+        with suppress(ValueError, KeyError, TypeError, AttributeError, csv.Error):
             if self.form == "json":
                 content = json.loads(row)
-                return content["path"], content["character"]
-            if self.form == "csv" and start > 0:
-                path, character, _, _, _, _ = next(csv.reader([row]))
-                return path, character
-            code, path = re.fullmatch("([0-9]{3}|---), (.+)\n", row).groups()
-            return path, code.strip("-")
-        except (ValueError, KeyError, TypeError, AttributeError):
-            what = f"no {self.form} row of this program: {escaped(row[:60])}"
-            raise Halt(f"--resume: {self.partial}, byte {start}: {what}") from None
+                return content["path"], content["character"], content["alternatives"]
+            if self.form == "ascii":
+                code, path = re.fullmatch("([0-9]{3}|---), (.+)\n", row).groups()
+                return path, code.strip("-"), code
+            if row == CSV_HEADER:
+                return "", "", ""
+            path, character, _, alternatives, _, _ = next(csv.reader([row]))
+            if len(character) < 2:
+                return path, character, alternatives
+        what = f"no {self.form} row of this program: {escaped(row[:60])}"
+        raise Halt(f"--resume: {place}: {what}")
 
     def holds(self, path: str) -> bool:
-        """Tell whether the file that is resumed holds the path."""
-        return (escaped(path) if self.form == "ascii" else path) in self.done
+        """Tell whether there is an answer already for a path, which is the next of the listing."""
+        if not self.size:
+            return False
+        path = escaped(path) if self.form == "ascii" else path
+        self.places[path] = len(self.places)
+        self.failed += not self.done.get(path, True)
+        return path in self.done
 
     def write(self, results: list[Result]) -> None:
         """Write and flush, so that a run cut short leaves all it had."""
@@ -1176,7 +1206,22 @@ class Output:
         if self.partial:
             os.fsync(self.stream.fileno())
             self.stream.close()
+            if self.size:
+                self._sort()
             self.partial.replace(self.partial.with_suffix(""))
+            self.settings.unlink(missing_ok=True)
+
+    def _sort(self) -> None:
+        """Put the rows of FILE.partial in the order of the listing, the last for each picture."""
+        rows = {path: (start, end) for start, end, path, _, _ in self._rows(self.partial)}
+        ordered = Path(f"{self.partial}.ordered")
+        with open(self.partial, "rb") as old, open(ordered, "wb") as new:
+            for path in sorted(rows, key=lambda path: self.places.get(path, -1)):
+                old.seek(rows[path][0])
+                new.write(old.read(rows[path][1] - rows[path][0]))
+            new.flush()
+            os.fsync(new.fileno())
+        ordered.replace(self.partial)
 
 
 THUMBNAIL_SIDE = 96  # px
@@ -1224,13 +1269,11 @@ class Talk:
     """What goes to stderr: one line for each error, on a terminal a bar, and the closing line."""
 
     def __init__(self) -> None:
+        from tqdm import tqdm
+
         self.counts: Counter[str] = Counter()
         self.started = time.monotonic()
-        self.bar = None
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self.bar = tqdm(unit=" pictures", leave=False, dynamic_ncols=True)
+        self.bar = tqdm(unit=" pictures", leave=False, dynamic_ncols=True, disable=None)
 
     def follow(self, results: list[Result], say_errors: bool) -> None:
         """Count results and name those without an answer."""
@@ -1238,20 +1281,17 @@ class Talk:
             self.counts[result.kind] += 1
             if say_errors and result.kind in ("blank", "unreadable"):
                 self.say(f"{escaped(result.path)}: {result.error}")
-        if self.bar is not None:
-            self.bar.update(len(results))
+        self.bar.update(len(results))
 
     def say(self, message: str) -> None:
         """Write a line, above the bar if there is one."""
-        if self.bar is not None:
-            self.bar.clear()
+        self.bar.clear()
         print(message, file=sys.stderr)
 
     def close(self, passed_over: Counter[str]) -> None:
         """Write the closing line."""
         seconds = time.monotonic() - self.started
-        if self.bar is not None:
-            self.bar.close()
+        self.bar.close()
         total = self.counts.total()
         parts = [f"{self.counts[kind]:,} {kind}" for kind in KINDS if self.counts[kind]]
         parts += [f"{count:,} {kind} passed over" for kind, count in sorted(passed_over.items())]
@@ -1259,7 +1299,7 @@ class Talk:
         self.say(f"{total:,} pictures: {', '.join(parts) or 'none found'} ({rate})")
 
 
-ROUND = 1024  # pictures that a rank is dealt at a time under torchrun
+ROUNDS = (64, 1024)  # pictures that a rank is dealt at a time under torchrun: at first, at most
 
 
 class Ranks:
@@ -1287,12 +1327,13 @@ class Ranks:
 
         with _stdout_on_stderr():  # torch 2.10 greets there
             _together(distributed.init_process_group, "gloo", timeout=timedelta(days=1))
-        last = False
+        last, size = False, ROUNDS[0]
         while not last:
             shares, dealt = None, [None]
             if self.rank == 0:
-                blocks = [list(islice(listing, ROUND)) for _ in range(self.count)]
-                shares = [(block, len(blocks[-1]) < ROUND) for block in blocks]
+                blocks = [list(islice(listing, size)) for _ in range(self.count)]
+                shares = [(block, len(blocks[-1]) < size) for block in blocks]
+                size = min(2 * size, ROUNDS[1])
             _together(distributed.scatter_object_list, dealt, shares)
             block, last = dealt[0]
             own = [result for results in classified(iter(block)) for result in results]
@@ -1348,6 +1389,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.resume and not args.output:
         parser.error("--resume needs the --output of the run that was cut short")
+    if args.resume and args.report:
+        parser.error("--report shows every picture, --resume skips some: leave one of them out")
     if args.format == "ascii" and not args.report and args.topk != parser.get_default("topk"):
         print("inference.py: --topk shows in --format csv and json, --report", file=sys.stderr)
     return args
@@ -1403,8 +1446,8 @@ def answer_all(args: argparse.Namespace, pool: Pool, classifier: Classifier, ran
     if ranks.rank > 0:
         deque(ranks.answers(listing, answer), maxlen=0)
         return 0
-    output, report = Output(args.output, args.format, args.resume), Report(args.report)
-    talk = Talk()
+    output = Output(args.output, args.format, args.resume, settings(args))
+    report, talk = Report(args.report), Talk()
     if output.done:
         talk.say(f"{len(output.done):,} pictures are in {output.partial} already")
     listing = (pair for pair in listing if not output.holds(pair[0]))
@@ -1416,6 +1459,16 @@ def answer_all(args: argparse.Namespace, pool: Pool, classifier: Classifier, ran
     report.finish()
     talk.close(passed_over)
     return 1 if output.failed or talk.counts.total() > talk.counts["answered"] else 0
+
+
+def settings(args: argparse.Namespace) -> dict[str, object]:
+    """Return what the answers depend on besides the pictures and this program."""
+    flags = ("alphabet", "min_confidence", "topk", "format")
+    with open(args.model, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return {"--model of SHA-256": digest} | {
+        f"--{flag.replace('_', '-')}": getattr(args, flag) for flag in flags
+    }
 
 
 def load_net(path: Path, device: str) -> "CNN.Net":
@@ -1469,7 +1522,10 @@ def _stop(number: int, frame: object) -> None:
 
 
 def _how_to_go_on(args: argparse.Namespace) -> str:
-    return f"; the same command with --resume goes on with {args.output}" if args.output else ""
+    if not args.output or not os.path.isfile(f"{os.path.realpath(args.output)}.partial"):
+        return ""
+    but = " and without --report" if args.report else ""
+    return f"; the same command with --resume{but} goes on with {args.output}"
 
 
 PAGE = """<!doctype html>
@@ -1480,24 +1536,21 @@ PAGE = """<!doctype html>
   style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <title>Characters, most doubtful first</title>
 <style>
-:root { color-scheme: light dark; --paper: light-dark(#fff, #16181c);
-  --ink: light-dark(#1a1c20, #e8e9ec); --soft: light-dark(#5f6570, #9aa1ad);
-  --line: light-dark(#d9dce1, #343840); --card: light-dark(#f6f7f9, #1e2126);
-  --mark: light-dark(#0b62d6, #6db0ff); --low: #d9822b }
+:root { color-scheme: light dark; --soft: light-dark(#5f6570, #9aa1ad);
+  --line: light-dark(#d9dce1, #343840); --mark: light-dark(#0b62d6, #6db0ff) }
 * { box-sizing: border-box }
-body { margin: 0; background: var(--paper); color: var(--ink);
-  font: 14px/1.4 system-ui, sans-serif }
+body { margin: 0; font: 14px/1.4 system-ui, sans-serif }
+body, header { background: light-dark(#fff, #16181c); color: light-dark(#1a1c20, #e8e9ec) }
 header { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: .5rem 1.25rem;
-  align-items: center; padding: .6rem 1rem; background: var(--paper);
-  border-bottom: 1px solid var(--line) }
+  align-items: center; padding: .6rem 1rem; border-bottom: 1px solid var(--line) }
 h1 { font-size: 1rem; margin: 0 }
-header small { color: var(--soft); margin-left: auto }
+small { margin-left: auto }
 kbd { border: 1px solid var(--line); border-radius: 3px; padding: 0 .3em; font: inherit }
 select, input { font: inherit; accent-color: var(--mark); vertical-align: middle }
 main { display: grid; grid-template-columns: repeat(auto-fill, minmax(21rem, 1fr)); gap: .6rem;
   padding: 1rem }
 article { display: grid; grid-template-columns: 96px 84px 1fr; gap: .2rem .7rem; padding: .6rem;
-  border: 1px solid var(--line); border-radius: 8px; background: var(--card);
+  border: 1px solid var(--line); border-radius: 8px; background: light-dark(#f6f7f9, #1e2126);
   content-visibility: auto; contain-intrinsic-size: auto 150px; scroll-margin: 4.5rem 0 1rem }
 article:focus { outline: 2px solid var(--mark); outline-offset: 1px }
 figure { margin: 0; height: 96px; display: grid; place-items: center }
@@ -1506,9 +1559,9 @@ img { min-width: 56px; object-fit: contain }
 canvas { width: 84px; height: 84px; border: 1px solid var(--line) }
 b { font: 600 2.4rem/1 ui-monospace, monospace; display: block }
 meter { width: 100% }
-.doubt b { color: var(--low) }
+.doubt b { color: #d9822b }
 .soft { color: var(--soft); overflow-wrap: anywhere }
-.path { grid-column: 1 / -1; color: var(--soft); overflow-wrap: anywhere; font-size: 12px }
+.path { grid-column: 1 / -1; font-size: 12px }
 </style>
 <header>
 <h1 id="count"></h1>
@@ -1518,8 +1571,8 @@ meter { width: 100% }
 <label><input id="alike" type="checkbox"> look-alikes only</label>
 <label>Order <select id="order"><option value="2">doubt</option><option value="0">path</option>
 <option value="1">answer</option></select></label>
-<small><kbd>j</kbd> <kbd>k</kbd> or arrows: move, <kbd>a</kbd> answer, <kbd>d</kbd> doubt,
-<kbd>Esc</kbd> back</small>
+<small class="soft"><kbd>j</kbd> <kbd>k</kbd> or arrows: move, <kbd>a</kbd> answer,
+<kbd>d</kbd> doubt, <kbd>Esc</kbd> back</small>
 </header>
 <main id="list"></main>
 <p id="end"></p>
@@ -1531,46 +1584,37 @@ ROWS
 const get = id => document.getElementById(id), list = get("list"), step = 120
 const rows = JSON.parse(get("rows").textContent)
 const percent = p => (100 * p).toFixed(1) + "\\u00a0%"
-const unanswered = ([, , , alternatives, , error]) =>
-  alternatives.length ? "no answer" : error.startsWith("blank") ? "blank" : "unreadable"
-const kind = row => row[1] || unanswered(row)
+const kind = ([, character, , others, , error]) => character
+  || (others.length ? "no answer" : error.startsWith("blank") ? "blank" : "unreadable")
+const soft = textContent => ({ textContent, className: "soft" })
+const add = (parent, name, properties) =>
+  Object.assign(parent.appendChild(document.createElement(name)), properties)
 let shown = [], built = 0
 
-function add(parent, name, text, className) {
-  const element = document.createElement(name)
-  if (text) element.textContent = text
-  if (className) element.className = className
-  return parent.appendChild(element)
-}
-function drawInk(canvas, base64) {
-  const ink = Array.from(atob(base64), c => c.charCodeAt(0))
-  canvas.width = canvas.height = Math.sqrt(ink.length)
-  const image = new ImageData(canvas.width, canvas.height)
-  ink.forEach((level, i) => image.data.set([level, level, level, 255], 4 * i))
-  canvas.getContext("2d").putImageData(image, 0, 0)
-}
-function card(row) {
-  const [path, character, confidence, alternatives, alike, error, ink, view] = row
-  const article = document.createElement("article")
-  article.tabIndex = -1
-  article.classList.toggle("doubt", confidence < 0.9)
-  article.setAttribute("aria-label", `${kind(row)}, ${percent(confidence)}, ${path}`)
-  const left = add(article, "figure"), middle = add(article, "figure"), right = add(article, "div")
-  if (view) Object.assign(add(left, "img"), { src: view, alt: "as it came" })
-  if (ink) drawInk(add(middle, "canvas"), ink)
-  add(right, "b", character || "\\u2013")
-  if (confidence) {
-    add(right, "meter").value = confidence
-    add(right, "span", percent(confidence) + " ")
-    add(right, "span", alternatives.map(([c, p]) => `${c}\\u00a0${percent(p)}`).join(", "), "soft")
+function addCard(row) {
+  const [path, character, confidence, others, alike, error, ink, view] = row
+  const article = add(list, "article", { tabIndex: -1, className: confidence < 0.9 ? "doubt" : "",
+    ariaLabel: `${kind(row)}, ${percent(confidence)}, ${path}` })
+  const [left, middle, right] = ["figure", "figure", "div"].map(name => add(article, name))
+  if (view) add(left, "img", { src: view, alt: "as it came" })
+  if (ink) {
+    const pixels = Array.from(atob(ink), c => c.charCodeAt(0)), side = Math.sqrt(pixels.length)
+    const levels = Uint8ClampedArray.from(pixels.flatMap(level => [level, level, level, 255]))
+    const canvas = add(middle, "canvas", { width: side, height: side })
+    canvas.getContext("2d").putImageData(new ImageData(levels, side), 0, 0)
   }
-  if (alike) add(right, "div", `${[...alike].join(", ")} look alike`, "soft")
-  if (error) add(right, "div", error, "soft")
-  add(article, "div", path, "path")
-  return article
+  add(right, "b", { textContent: character || "\\u2013" })
+  if (confidence) {
+    add(right, "meter", { value: confidence })
+    add(right, "span", { textContent: percent(confidence) + " " })
+    add(right, "span", soft(others.map(([c, p]) => `${c}\\u00a0${percent(p)}`).join(", ")))
+  }
+  if (alike) add(right, "div", soft(`${[...alike].join(", ")} look alike`))
+  if (error) add(right, "div", soft(error))
+  add(article, "div", { textContent: path, className: "soft path" })
 }
 function more() {
-  list.append(...shown.slice(built, built += step).map(card))
+  shown.slice(built, built += step).forEach(addCard)
 }
 function show() {
   const answer = get("answer").value, doubt = +get("doubt").value, by = +get("order").value
@@ -1585,15 +1629,14 @@ function show() {
   scrollTo(0, 0)
 }
 function move(by) {
-  const cards = list.children, now = Array.prototype.indexOf.call(cards, document.activeElement)
+  const cards = list.children, now = [...cards].indexOf(document.activeElement)
   const next = now < 0 ? 0 : Math.max(0, now + by)
   if (next >= cards.length - 1) more()
   cards[next]?.focus({ preventScroll: true })
   cards[next]?.scrollIntoView({ block: "nearest" })
 }
-for (const name of [...new Set(rows.map(kind))].sort()) {
-  add(get("answer"), "option", name).value = name
-}
+for (const value of [...new Set(rows.map(kind))].sort())
+  add(get("answer"), "option", { value, textContent: value })
 for (const id of ["answer", "doubt", "alike", "order"]) get(id).addEventListener("input", show)
 addEventListener("keydown", event => {
   const wide = getComputedStyle(list).gridTemplateColumns.split(" ").length
@@ -1607,8 +1650,8 @@ addEventListener("keydown", event => {
   else return
   event.preventDefault()
 })
-const ahead = { rootMargin: "1500px" }
-new IntersectionObserver(seen => seen[0].isIntersecting && more(), ahead).observe(get("end"))
+new IntersectionObserver(seen => seen[0].isIntersecting && more(), { rootMargin: "1500px" })
+  .observe(get("end"))
 show()
 </script>
 """

@@ -37,3 +37,12 @@ def load(path: str):
 def never_start(connection, thumbnails: bool) -> None:
     """Die before the first picture."""
     os._exit(7)
+
+
+def lie(connection, thumbnails: bool, answer: tuple[bytes, ...]) -> None:
+    """Answer whatever is asked with the same."""
+    connection.send_bytes(b"ready")
+    connection.recv_bytes()
+    for part in answer:
+        connection.send_bytes(part)
+    time.sleep(1000)

@@ -5,8 +5,10 @@ The fuzz test runs over 5,000 mutated files, over more with
     FUZZ_FILES=200000 FUZZ_SEED=2 pytest tests/test_hostile.py -k fuzz
 """
 
+import functools
 import io
 import os
+import re
 import resource
 import shutil
 import signal
@@ -326,6 +328,61 @@ def test_a_worker_answers_in_raw_bytes_under_limits(
     assert other_block == expected[0].tobytes()
 
 
+def test_what_a_decoder_does_becomes_a_reason_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process: `work` and `_prepare` end a worker's life elsewhere."""
+
+    def exhaust(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    paths = [tmp_path / name for name in ("text.png", "pipe.png", "exif.png", "sound.png")]
+    text, pipe, exif, sound = map(str, paths)
+    paths[0].write_text("no picture")
+    os.mkfifo(pipe)
+    picture().save(exif, exif=b"Exif\0\0nonsense")
+    picture().save(sound)
+    not_regular = "can't be read: not a regular file"
+    errors, _, block = inference._prepare([text, pipe, exif, sound], SIZE, False)
+    assert errors == ["not a picture in a format that is read here", not_regular, "", ""]
+    assert block[: SIZE**2] == block[SIZE**2 :]
+    regular = os.stat(sound)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", lambda path: regular)  # a pipe in its place a moment later
+        assert inference._prepare([pipe], SIZE, False)[0] == [not_regular]
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", exhaust)
+        assert inference._prepare([sound], SIZE, False)[0] == ["takes too much memory"]
+    monkeypatch.setattr(inference, "FLUSH_SECONDS", -1)
+    assert inference._prepare([sound, sound], SIZE, False)[0] == [""]
+
+
+def test_paths_too_long_for_a_pipe_wait_for_their_turn(
+    pool: inference.Pool, tmp_path: Path
+) -> None:
+    deep = tmp_path.joinpath(*["d" * 200] * 4)
+    deep.mkdir(parents=True)
+    picture().save(deep / "0.png")
+    for i in range(1, 600):
+        os.link(deep / "0.png", deep / f"{i}.png")
+    assert set(through(pool, sorted(deep.iterdir())).values()) == {""}
+
+
+@pytest.mark.parametrize(
+    "answer", [(b"", b"", b"few"), (b"\xff", b"", b""), (b"bad\0bad", b"", b"")]
+)
+def test_a_worker_that_lies_is_replaced(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answer: tuple[bytes, ...]
+) -> None:
+    monkeypatch.setattr(inference, "work", functools.partial(misbehaving.lie, answer=answer))
+    pool = inference.Pool(1, timeout=10, thumbnails=False)
+    for name in "ab":
+        picture().save(tmp_path / f"{name}.png")
+    error = "its decoder gave no answer that can be"
+    assert through(pool, sorted(tmp_path.iterdir())) == {"a.png": error, "b.png": error}
+    pool.close()
+
+
 def test_workers_that_never_start_are_said_so(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -529,11 +586,23 @@ def test_any_alphabet_is_understood_or_refused(text: str) -> None:
             inference.parse_alphabet(text, known)
 
 
-@given(st.text())
-def test_escaped_is_one_line_without_control_characters(text: str) -> None:
+hard = st.sampled_from("\\\n\x1b\x9f\u2028\u202e\udc9f\udcff\udc5cnxu09f5c")
+
+
+@given(st.text() | st.text(hard))
+def test_escaped_is_one_line_without_control_characters_and_can_be_undone(text: str) -> None:
     shown = inference.escaped(text)
     assert len(shown.splitlines()) <= 1
     assert shown.encode().decode() == shown  # no lone surrogates
     assert "\x1b" not in shown
-    if text.isprintable():
+    if text.isprintable() and "\\" not in text:
         assert shown == text
+
+    def undone(match: re.Match) -> str:
+        letter, code = match[0][1], match[0][2:]
+        if code:
+            return chr(int(code, 16) + 0xDC00 * (letter == "x" and int(code, 16) >= 0x80))
+        return {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}[letter]
+
+    escapes = r"\\(?:x[0-9a-f]{2}|u[0-9a-f]{4}|[nrt\\])"
+    assert re.sub(escapes, undone, shown) == text

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -493,6 +494,7 @@ def test_topk_is_said_to_have_no_effect_on_ascii(run, folder: Path) -> None:
         (["--timeout", "-1"], "--timeout"),
         (["--format", "xml"], "xml"),
         (["--resume"], "--output"),
+        (["--resume", "--output", "a", "--report", "b"], "--report shows every picture"),
         (["--output", "/dev/null"], "not a regular file"),
         (["--output", "missing/out.csv"], "folder is missing"),
         (["--report", "."], "not a regular file"),
@@ -515,6 +517,64 @@ def test_wrong_usage_is_one_clear_message_and_2_with_nothing_written(
     assert message in err.splitlines()[-1]
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flag", ["--output", "--report"])
+def test_what_is_read_is_never_replaced(
+    run, weights: Path, folder: Path, tmp_path: Path, flag: str
+) -> None:
+    single = tmp_path / "single"
+    glyph().save(single, "PNG")
+    (tmp_path / "link").symlink_to(weights)
+    for file in (single, weights, tmp_path / "link", folder / "blank.png"):
+        before = file.read_bytes()
+        code, out, err = run("--input", folder, single, flag, file)
+        assert (code, out) == (2, b"")
+        assert err == f"inference.py: {flag} {file}: would replace what is read: choose another\n"
+        assert file.read_bytes() == before
+    code, _, err = run("--input", single, "--output", tmp_path / "x", "--report", tmp_path / "x")
+    assert code == 2
+    assert "--report" in err
+
+
+def test_weights_without_finite_answers_are_refused(run, folder: Path, tmp_path: Path) -> None:
+    net = CNN.Net()
+    with torch.no_grad():
+        net.fc2.weight.fill_(3e38)
+    CNN.save(net, tmp_path / "huge.pt")
+    code, out, err = run("--input", folder / "part1", "--model", tmp_path / "huge.pt")
+    assert (code, out) == (2, b"")
+    assert err == "inference.py: --model: its weights give no finite answers: take others\n"
+
+
+def test_on_a_terminal_a_bar_shows_and_errors_stand_above_it(
+    run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(sys.stderr), "isatty", lambda stream: True)
+    code, out, err = run("--input", folder)
+    plain = run("--input", folder)
+    assert (code, out) == plain[:2]
+    assert " pictures/s" in err
+    lines = [line.rpartition("\r")[2] for line in err.split("\n")]
+    assert [line for line in lines if "blank: no ink" in line] == [
+        f"{folder}/blank.png: {inference.BLANK}"
+    ]
+
+
+@pytest.mark.parametrize("redirection", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_streams(weights: Path, folder: Path, tmp_path: Path, redirection: str) -> None:
+    def end(*flags: object) -> subprocess.CompletedProcess:
+        words = map(str, command(weights, "--input", folder / "part1", *flags))
+        line = f"{shlex.join(words)} {redirection}"
+        return subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+
+    without, written = end(), end("--output", tmp_path / "out")
+    assert (without.returncode, written.returncode) == (0 if redirection == "2>&-" else 2, 0)
+    assert (tmp_path / "out").read_bytes().count(b"\n") == 48
+    assert without.stderr == (
+        "inference.py: stdout is closed: name a file with --output\n" * (redirection == ">&-")
+    )
+    assert without.stdout.count("\n") == 48 * (redirection == "2>&-")
 
 
 def test_0_when_all_are_answered(run, folder: Path, tmp_path: Path) -> None:
@@ -597,17 +657,62 @@ def test_resume_gives_the_file_of_a_run_that_was_not_cut(
         assert not part.exists()
 
 
-def test_resume_adds_to_a_complete_file_what_is_new(run, tmp_path: Path) -> None:
-    pictures, output = tmp_path / "pictures", tmp_path / "link.csv"
-    output.symlink_to(tmp_path / "out.csv")
+@pytest.mark.parametrize("form", ["ascii", "csv", "json"])
+def test_resume_tries_again_what_had_no_answer_and_keeps_the_order(
+    run, tmp_path: Path, form: str
+) -> None:
+    pictures, output, whole = tmp_path / "pictures", tmp_path / "link", tmp_path / "whole"
+    output.symlink_to(tmp_path / "out")
     pictures.mkdir()
-    flags = ("--input", pictures, "--format", "csv", "--output", output, "--resume")
-    for name in "ba":
-        glyph().save(pictures / f"{name}.png")
-        assert run(*flags)[0] == 0
-    written = rows((tmp_path / "out.csv").read_bytes())
-    assert [Path(row["path"]).name for row in written] == ["b.png", "a.png"]
+    flags = ("--input", pictures, "--format", form, "--output", output)
+    for name in "bdf":
+        glyph(name.upper()).save(pictures / f"{name}.png")
+    for name in "ceg":
+        (pictures / f"{name}.png").write_bytes(b"torn")
+    assert run(*flags)[0] == 1
+    (pictures / "g.png").unlink()
+    glyph("C").save(pictures / "c.png")
+    glyph("A").save(pictures / "a.png")  # new
+    code, _, err = run(*flags, "--resume")
+    assert code == 1
+    assert f"3 pictures are in {tmp_path / 'out'}.partial already" in err
+    assert "3 pictures: 2 answered, 1 unreadable" in err
+    glyph("E").save(pictures / "e.png")
+    assert run(*flags, "--resume")[0] == 0
+    assert run(*flags[:-1], whole)[0] == 0
+    lines = (tmp_path / "out").read_bytes().splitlines()
+    assert [line for line in lines if b"g.png" not in line] == whole.read_bytes().splitlines()
+    assert sorted(os.listdir(tmp_path)) == ["link", "out", "pictures", "whole"]
     assert output.is_symlink()
+
+
+def test_resume_counts_doubtful_answers_of_before(run, folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    flags = ("--input", folder / "part1", "--min-confidence", 1, "--output", output)
+    assert run(*flags)[0] == 1
+    before = output.read_bytes()
+    assert b"---, " in before
+    code, _, err = run(*flags, "--resume")
+    assert code == 1
+    assert "0 pictures: none found" in err
+    assert output.read_bytes() == before
+
+
+@pytest.mark.parametrize("form", ["ascii", "csv"])
+def test_resume_takes_no_name_for_another(run, tmp_path: Path, form: str) -> None:
+    """Names are bytes: a newline, and backslash and n; two bytes, and the same as a character."""
+    pictures, output = tmp_path / "pictures", tmp_path / "out"
+    pictures.mkdir()
+    names = [b"1\n.png", b"1\\n.png", b"2\x9f.png", "2\x9f.png".encode(), b"2\\x9f.png"]
+    paths = [pictures / os.fsdecode(name) for name in names]
+    flags = ("--input", pictures, "--format", form, "--output", output, "--resume")
+    for path in paths:
+        glyph().save(path, "PNG")
+        code, _, err = run(*flags)
+        assert code == 0
+        assert "1 pictures: 1 answered" in err
+    assert run(*flags[:-3])[1] == output.read_bytes()
+    assert len(set(output.read_bytes().splitlines())) >= len(names)
 
 
 @pytest.mark.parametrize(("form", "other"), [("csv", "json"), ("json", "ascii"), ("ascii", "csv")])
@@ -619,8 +724,60 @@ def test_resume_refuses_a_file_of_another_form(
     content = output.read_bytes()
     code, out, err = run("--input", folder, "--format", form, "--output", output, "--resume")
     assert (code, out) == (2, b"")
-    assert f"no {form} row of this program" in err
+    assert f"--resume: {output}, byte 0: no {form} row of this program" in err
+    assert err.count("\n") == 1
     assert output.read_bytes() == content
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--alphabet", "0-9"),
+        ("--min-confidence", "0.5"),
+        ("--topk", "2"),
+        ("--format", "ascii"),
+        ("--model", "other.pt"),
+    ],
+)
+def test_resume_refuses_other_settings_and_names_them(
+    weights: Path,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    flags: tuple[str, str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    CNN.save(CNN.Net(), Path("other.pt"))
+    begin = ["--input", str(folder / "part1"), "--model", str(weights), "--output", "out"]
+    begin += ["--format", "json"]
+    with monkeypatch.context() as patch:
+        patch.setattr(inference.Output, "finish", lambda self: 1 / 0)  # cut short, all but done
+        with pytest.raises(ZeroDivisionError):
+            inference.main(begin)
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert {path.name for path in files} == {"other.pt", "out.partial", "out.partial.settings"}
+    capsys.readouterr()
+    assert inference.main([*begin, "--resume", *flags]) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert f"out.partial was begun with {flags[0]} " in err[-1]
+    assert err[-1].count(" --") == 3  # two flags of the advice
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
+    assert inference.main([*begin, "--resume", "--batch-size", "9"]) == 0
+    assert sorted(os.listdir(tmp_path)) == ["other.pt", "out"]
+
+
+@pytest.mark.parametrize("place", ["n" * 250, "folder"])
+def test_a_file_that_cannot_be_written_is_one_line_without_a_hint(
+    run, folder: Path, tmp_path: Path, place: str
+) -> None:
+    (tmp_path / "folder.partial").mkdir()
+    code, out, err = run("--input", folder, "--output", tmp_path / place)
+    assert (code, out) == (2, b"")
+    assert err.count("\n") == 1
+    assert "too long" in err or "Is a directory" in err
+    assert "--resume" not in err
 
 
 def test_a_full_disk_is_one_line_and_keeps_what_was_written(weights: Path, folder: Path) -> None:
@@ -648,7 +805,7 @@ def test_two_ranks_write_what_one_process_writes(run, weights: Path, tmp_path: P
     many.mkdir()
     for i, name in enumerate(HOSTILE):
         glyph("3AQ7"[i % 4], 30, seed=i).save(many / os.fsdecode(name), "PNG")
-    for i in range(3 * inference.ROUND):  # more than a round, not a whole number of them
+    for i in range(3 * inference.ROUNDS[1]):  # more than a round, not a whole number of them
         os.link(many / os.fsdecode(HOSTILE[i % len(HOSTILE)]), many / f"{i}.png")
     flags = ("--input", many, "--format", "csv")
     end = subprocess.run(torchrun(weights, *flags), capture_output=True)
@@ -657,12 +814,38 @@ def test_two_ranks_write_what_one_process_writes(run, weights: Path, tmp_path: P
     assert end.stderr.count(b" pictures: ") == 1
 
 
+def test_ranks_are_dealt_few_pictures_at_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    dealt: list[list[int]] = []
+
+    def scatter(own: list, shares: list) -> None:
+        dealt.append([len(block) for block, _ in shares])
+        own[0], others[:] = shares[0], shares[1][0]
+
+    def gather(own: list, gathered: list) -> None:
+        gathered[:] = [own, others]
+
+    others: list[tuple[str, str]] = []
+    for name in ("init_process_group", "destroy_process_group"):
+        monkeypatch.setattr(torch.distributed, name, lambda *_, **__: None)
+    monkeypatch.setattr(torch.distributed, "scatter_object_list", scatter)
+    monkeypatch.setattr(torch.distributed, "gather_object", gather)
+    ranks = inference.Ranks()
+    ranks.count = 2
+    pairs = [(f"{i}.png", "") for i in range(8500)]
+    answers = [
+        pair for own in ranks.answers(iter(pairs), lambda block: [list(block)]) for pair in own
+    ]
+    assert answers == pairs
+    assert dealt[:-1] == [[n, n] for n in (64, 128, 256, 512, 1024, 1024, 1024)]
+    assert dealt[-1] == [436, 0]
+
+
 def test_a_lost_rank_fails_the_job_and_resume_finishes_it(
     run, weights: Path, folder: Path, tmp_path: Path
 ) -> None:
     many = tmp_path / "many"
     many.mkdir()
-    for i in range(5 * inference.ROUND):
+    for i in range(5 * inference.ROUNDS[1]):
         os.link(folder / "part0" / "deep" / "003_3.png", many / f"{i:05d}.png")
     output, part = tmp_path / "out.json", tmp_path / "out.json.partial"
     flags = ("--input", many, "--format", "json", "--output", output)

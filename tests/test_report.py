@@ -1,6 +1,7 @@
 """The page of inference.py --report: complete, self-contained, and harmless whatever it shows."""
 
 import base64
+import html
 import html.parser
 import json
 import os
@@ -121,13 +122,18 @@ def test_answers_are_those_without_a_report(page: Path, capfdbinary: pytest.Capt
     assert [line["character"] or "" for line in lines] == [row[1] for row in entries(page)]
 
 
-@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium: apt-get install chromium")
-def test_a_browser_shows_all_of_it_and_runs_none_of_the_names(page: Path, tmp_path: Path) -> None:
+def browse(page: Path, profile: Path) -> str:
+    """Return what a browser makes of a page."""
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
     flags += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    flags += [f"--user-data-dir={tmp_path}", "--virtual-time-budget=2000", "--dump-dom"]
+    flags += [f"--user-data-dir={profile}", "--virtual-time-budget=2000", "--dump-dom"]
     end = subprocess.run([CHROMIUM, *flags, page.as_uri()], capture_output=True, timeout=60)
-    dom = end.stdout.decode()
+    return end.stdout.decode()
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium: apt-get install chromium")
+def test_a_browser_shows_all_of_it_and_runs_none_of_the_names(page: Path, tmp_path: Path) -> None:
+    dom = browse(page, tmp_path)
     assert "<title>Characters, most doubtful first</title>" in dom
     body = dom[dom.index("<main") : dom.index("</main>")]
     elements = Elements(body)
@@ -141,3 +147,47 @@ def test_a_browser_shows_all_of_it_and_runs_none_of_the_names(page: Path, tmp_pa
     assert shown == sorted(shown)
     assert len(shown) == len(NAMES) + 3
     assert f"{len(NAMES) + 5} of {len(NAMES) + 5} pictures" in dom
+
+
+ACTIONS = """<script>
+const log = [], note = () => log.push([list.children.length, get("count").textContent,
+  [...list.children].indexOf(document.activeElement), document.activeElement.id])
+const press = key => (document.activeElement.dispatchEvent(
+  new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true })), note())
+const choose = (id, key, value) => {
+  get(id)[key] = value
+  get(id).dispatchEvent(new Event("input", { bubbles: true }))
+  note()
+}
+for (const key of ["j", "j", "k", "a", "j", "Escape", "d", "Escape", "ArrowRight"]) press(key)
+for (let i = 0; i < 118; i++) press("j")
+choose("answer", "value", "blank"), choose("answer", "value", "no answer")
+choose("answer", "value", ""), choose("alike", "checked", true)
+choose("alike", "checked", false), choose("doubt", "value", 0.1), choose("doubt", "value", 1)
+choose("order", "value", 0)
+const paths = [...document.querySelectorAll(".path")].map(path => path.textContent)
+document.title = JSON.stringify([log, paths])
+</script>"""
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium: apt-get install chromium")
+def test_keys_move_and_controls_filter_and_sort(tmp_path: Path) -> None:
+    results = [inference.Result(f"{i:03d}.png", "OA"[i % 2], 1 - i / 250) for i in range(200)]
+    results += [inference.Result(f"alike {i}.png", "O", 0.5, (("0", 0.4),), "0O") for i in range(3)]
+    results += [inference.Result("doubtful.png", "", 0.3, (("A", 0.3),), error="no answer: 0.3")]
+    results += [inference.Result(f"{i} blank.png", error=inference.BLANK) for i in range(5)]
+    report = inference.Report(tmp_path / "page.html")
+    report.write(results)
+    report.finish()
+    with open(tmp_path / "page.html", "a") as page:
+        page.write(ACTIONS)
+    dom = browse(tmp_path / "page.html", tmp_path / "profile")
+    log, paths = json.loads(html.unescape(re.search("<title>(.*?)</title>", dom, re.S)[1]))
+    keys, controls = log[:-8], log[-8:]
+    assert [focus for _, _, focus, _ in keys] == [0, 1, 0, -1, -1, 0, -1, 0, *range(1, 120)]
+    assert [focused for *_, focused in keys[3:7]] == ["answer", "answer", "", "doubt"]
+    assert (keys[-2][0], keys[-1][0]) == (120, 209)  # those below are built when they are near
+    numbers = [5, 1, 209, 3, 209, 5, 209, 209]
+    assert [text for _, text, *_ in controls] == [f"{n} of 209 pictures" for n in numbers]
+    assert [built for built, *_ in controls] == [min(n, 120) for n in numbers]
+    assert paths == sorted(result.path for result in results)[:120]
