@@ -331,7 +331,7 @@ def test_a_worker_answers_in_raw_bytes_under_limits(
 def test_what_a_decoder_does_becomes_a_reason_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In this process: `work` and `_prepare` end a worker's life elsewhere."""
+    """In this process: `work` and `prepare` end a worker's life elsewhere."""
 
     def exhaust(*_: object, **__: object) -> None:
         raise MemoryError
@@ -343,18 +343,18 @@ def test_what_a_decoder_does_becomes_a_reason_in_one_line(
     picture().save(exif, exif=b"Exif\0\0nonsense")
     picture().save(sound)
     not_regular = "can't be read: not a regular file"
-    errors, _, block = inference._prepare([text, pipe, exif, sound], SIZE, False)
+    errors, _, block = inference.prepare([text, pipe, exif, sound], SIZE)
     assert errors == ["not a picture in a format that is read here", not_regular, "", ""]
     assert block[: SIZE**2] == block[SIZE**2 :]
     regular = os.stat(sound)
     with monkeypatch.context() as patch:
         patch.setattr(os, "stat", lambda path: regular)  # a pipe in its place a moment later
-        assert inference._prepare([pipe], SIZE, False)[0] == [not_regular]
+        assert inference.prepare([pipe], SIZE)[0] == [not_regular]
     with monkeypatch.context() as patch:
         patch.setattr(Image, "open", exhaust)
-        assert inference._prepare([sound], SIZE, False)[0] == ["takes too much memory"]
+        assert inference.prepare([sound], SIZE)[0] == ["takes too much memory"]
     monkeypatch.setattr(inference, "FLUSH_SECONDS", -1)
-    assert inference._prepare([sound, sound], SIZE, False)[0] == [""]
+    assert inference.prepare([sound, sound], SIZE)[0] == [""]
 
 
 def test_paths_too_long_for_a_pipe_wait_for_their_turn(
