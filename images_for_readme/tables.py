@@ -308,6 +308,15 @@ def benchmarks() -> str:
     return "\n\n".join(parts)
 
 
+def tests() -> str:
+    kept = run("tests")
+    rows = [
+        (f"`{name}`", kept["why"][name], f"{lines:,}", f"{percent:.1f}")
+        for name, (lines, percent) in kept["files"].items()
+    ]
+    return table(("script", "not covered", "statements", "covered, %"), rows, words=2)
+
+
 def flags(parse: Callable) -> str:
     """Turn the help of a script, made by argparse, into a table."""
     text = StringIO()
@@ -336,6 +345,7 @@ BLOCKS = {
     "story": story,
     "known": known,
     "benchmarks": benchmarks,
+    "tests": tests,
     "inference flags": lambda: flags(inference.parse),
     "train flags": lambda: flags(train.parse),
 }
