@@ -1133,28 +1133,25 @@ class Output:
     def _open(self, resume: bool, settings: dict) -> IO[bytes]:
         """Open FILE.partial after its last whole row; keep the settings beside it."""
         file, self.settings = self.partial.with_suffix(""), Path(f"{self.partial}.settings")
-        if resume and self.partial.exists():
-            with suppress(FileNotFoundError, ValueError):
-                begun = json.loads(self.settings.read_text())
+        source = self.partial if self.partial.exists() else file
+        if resume and source.exists():
+            with suppress(FileNotFoundError, ValueError):  # of a complete file, nothing is known
+                begun = json.loads(self.settings.read_text()) if source == self.partial else {}
                 if others := [f"{k} {v}" for k, v in begun.items() if settings.get(k) != v]:
-                    what = f"{self.partial} was begun with {', '.join(others)}"
+                    what = f"{source} was begun with {', '.join(others)}"
                     raise Halt(f"--resume: {what}: give the same again, or start without --resume")
-            self._note(self.partial)
-        elif resume and file.exists():
-            self._note(file)
-            shutil.copyfile(file, self.partial)
+            for _, end, path, character, alternatives in self._rows(source):
+                self.size = end
+                if character or alternatives:
+                    self.done[path] = bool(character)
+            if source == file:
+                shutil.copyfile(file, self.partial)
         stream = open(self.partial, "ab")  # noqa: SIM115 - closed by finish
         if stream.tell() and not self.size:
             print(f"inference.py: starting anew, not from {self.partial}", file=sys.stderr)
         stream.truncate(self.size)
         self.settings.write_text(json.dumps(settings))
         return stream
-
-    def _note(self, file: Path) -> None:
-        for _, end, path, character, alternatives in self._rows(file):
-            self.size = end
-            if character or alternatives:
-                self.done[path] = bool(character)
 
     def _rows(self, file: Path) -> Iterator[tuple]:
         """Yield start, end, path, character and alternatives of each whole row of a file."""
@@ -1196,8 +1193,8 @@ class Output:
 
     def write(self, results: list[Result]) -> None:
         """Write and flush, so that a run cut short leaves all it had."""
-        lines = "".join(map(LINES[self.form], results))
-        self.stream.write(lines.encode("utf-8", "surrogateescape"))
+        text = "".join(map(LINES[self.form], results))
+        self.stream.write(text.encode("utf-8", "surrogateescape"))
         self.stream.flush()
 
     def finish(self) -> None:
@@ -1421,9 +1418,8 @@ def run(args: argparse.Namespace) -> int:
             partial(file, flag)  # before anything is begun
             inside = file.suffix.lower() in SUFFIXES and file.exists()
             if inside or os.path.realpath(file) in taken:
-                raise Halt(
-                    f"{flag} {escaped(str(file))}: would replace what is read: choose another"
-                )
+                name = escaped(str(file))
+                raise Halt(f"{flag} {name}: would replace what is read: choose another")
             taken.add(os.path.realpath(file))
     with ThreadPoolExecutor(1) as beside, ExitStack() as stack:
         pool = beside.submit(Pool, args.workers, args.timeout, bool(args.report))
@@ -1463,12 +1459,10 @@ def answer_all(args: argparse.Namespace, pool: Pool, classifier: Classifier, ran
 
 def settings(args: argparse.Namespace) -> dict[str, object]:
     """Return what the answers depend on besides the pictures and this program."""
-    flags = ("alphabet", "min_confidence", "topk", "format")
     with open(args.model, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    return {"--model of SHA-256": digest} | {
-        f"--{flag.replace('_', '-')}": getattr(args, flag) for flag in flags
-    }
+    given = {"--alphabet": args.alphabet, "--min-confidence": args.min_confidence}
+    return {"--model of SHA-256": digest, "--topk": args.topk, "--format": args.format} | given
 
 
 def load_net(path: Path, device: str) -> "CNN.Net":
@@ -1613,9 +1607,7 @@ function addCard(row) {
   if (error) add(right, "div", soft(error))
   add(article, "div", { textContent: path, className: "soft path" })
 }
-function more() {
-  shown.slice(built, built += step).forEach(addCard)
-}
+const more = () => shown.slice(built, built += step).forEach(addCard)
 function show() {
   const answer = get("answer").value, doubt = +get("doubt").value, by = +get("order").value
   get("limit").value = percent(doubt)
