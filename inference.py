@@ -614,10 +614,10 @@ def read_closer(path: str, shape: tuple[int, ...], place: np.ndarray) -> np.ndar
     Returns grey uint8 (H, W); None where the file shows no more. Raises as `load` does.
     """
     y, x, length = place
-    if max(shape) < WORKING_SIDE:  # was not reduced
+    if max(shape) < WORKING_SIDE:  # for sure it was not reduced
         return None
     picture = load(path, round(max(shape) * CLEAR / length))
-    scale = picture.height / shape[0]
+    scale = max(picture.size) / max(shape)  # the shorter side may be a pixel or two, rounded up
     if scale < 1.5:
         return None
     reach = AROUND * length

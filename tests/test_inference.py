@@ -357,6 +357,16 @@ def test_a_character_small_in_a_large_picture_is_read_at_its_own_resolution(
     assert near < far / 3
 
 
+def test_a_second_look_at_a_long_flat_picture_finds_the_place(tmp_path: Path) -> None:
+    picture = np.full((200, 6000), 255, np.uint8)
+    picture[60:140, 4000:4016] = picture[124:140, 4000:4060] = 0  # an L, 80 px tall
+    Image.fromarray(picture).save(tmp_path / "l.png")
+    shape = inference.read(str(tmp_path / "l.png")).shape
+    place = np.array([100, 4030, 80]) * max(shape) / 6000
+    seen = inference.read_closer(str(tmp_path / "l.png"), shape, place)
+    assert (seen < 128).sum() / (seen.shape[0] / 200) ** 2 == pytest.approx(2000, rel=0.2)
+
+
 def test_a_second_look_that_fails_leaves_the_first(tmp_path: Path, monkeypatch: object) -> None:
     picture = np.full((400, 400), 255, np.uint8)
     picture[200:240, 200:206] = picture[200:206, 200:225] = 0

@@ -24,8 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train
 from CNN import ORIGIN, Net
 
-# train.py's settings for a short run of the same net, all the pictures seen once
-SHORT = {"arch": "run8", "batch_size": 128, "warmup": 60, "augment": "none", "ema": 0.98}
+# train.py's settings for a short run of the same net, each picture seen once at most
+SHORT = {
+    "arch": "run8", "batch_size": 128, "lr": 4e-3, "warmup": 100, "augment": "none", "ema": 0.98,
+}  # fmt: skip
 
 
 def loader(data: Path, fraction: float) -> DataLoader:
