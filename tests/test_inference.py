@@ -367,6 +367,26 @@ def test_a_second_look_at_a_long_flat_picture_finds_the_place(tmp_path: Path) ->
     assert (seen < 128).sum() / (seen.shape[0] / 200) ** 2 == pytest.approx(2000, rel=0.2)
 
 
+def test_no_second_look_where_the_file_shows_no_more(tmp_path: Path) -> None:
+    for side in (28, 150):  # read as they are
+        glyph(side=side).save(tmp_path / "f.png")
+        assert inference.read_closer(str(tmp_path / "f.png"), (side, side), np.full(3, 9.0)) is None
+
+
+def test_answers_are_those_of_float_where_a_cpu_has_no_integers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net = CNN.load(ROOT / "model.pt")
+    drawn = [strokes.emnist_picture(c, strokes.hand(1)) for c in CNN.ALPHABET]
+    images = torch.from_numpy(np.stack(drawn)).unsqueeze(1)  # (36, 1, 28, 28)
+    monkeypatch.setattr(CNN, "runs_in_int8", lambda net: False)
+    with torch.inference_mode():
+        logits, expected = inference.quickest(net)(images), net(images / 255)
+    assert logits.dtype == torch.float32
+    assert (logits.softmax(1) - expected.softmax(1)).abs().max() < 0.1
+    assert (logits.argmax(1) == expected.argmax(1)).float().mean() > 0.9
+
+
 def test_a_second_look_that_fails_leaves_the_first(tmp_path: Path, monkeypatch: object) -> None:
     picture = np.full((400, 400), 255, np.uint8)
     picture[200:240, 200:206] = picture[200:206, 200:225] = 0
