@@ -136,8 +136,8 @@ def optimizers() -> Figure:
              title=f"Net run1, {short}")  # fmt: skip
     log_ticks(left.yaxis, (10, 15, 20, 30, 50, 90))
     left.legend()
-    right.set(xlabel=f"right on test, %; dots: seeds, {fair}\n"
-              "crosses: 5 epochs of all pictures at the origin's rate",
+    right.set(xlabel=f"right on test, %\ndots: seeds, {fair}\n"
+              "crosses: the origin's rate, 5 epochs of all",
               yticks=range(len(OPTIMIZERS)), yticklabels=OPTIMIZERS.values(),
               title="Each at its own best rate (n = 30,400)")  # fmt: skip
     right.invert_yaxis()
