@@ -1135,7 +1135,8 @@ class Output:
         file, self.settings = self.partial.with_suffix(""), Path(f"{self.partial}.settings")
         source = self.partial if self.partial.exists() else file
         if resume and source.exists():
-            with suppress(FileNotFoundError, ValueError):  # of a complete file, nothing is known
+            # Of a complete file, or by a note that is not ours, nothing is known.
+            with suppress(FileNotFoundError, ValueError, AttributeError):
                 begun = json.loads(self.settings.read_text()) if source == self.partial else {}
                 if others := [f"{k} {v}" for k, v in begun.items() if settings.get(k) != v]:
                     what = f"{source} was begun with {', '.join(others)}"
@@ -1170,7 +1171,7 @@ class Output:
         with suppress(ValueError, KeyError, TypeError, AttributeError, csv.Error):
             if self.form == "json":
                 content = json.loads(row)
-                return content["path"], content["character"], content["alternatives"]
+                return str(content["path"]), content["character"], content["alternatives"]
             if self.form == "ascii":
                 code, path = re.fullmatch("([0-9]{3}|---), (.+)\n", row).groups()
                 return path, code.strip("-"), code

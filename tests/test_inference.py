@@ -798,6 +798,19 @@ def test_resume_refuses_other_settings_and_names_them(
     assert sorted(os.listdir(tmp_path)) == ["other.pt", "out"]
 
 
+@pytest.mark.parametrize("note", [b"[1]", b"7", b"{", b"\xff"])
+def test_resume_passes_over_a_note_and_a_path_of_another_kind(
+    run, folder: Path, tmp_path: Path, note: bytes
+) -> None:
+    row = b'{"path": ["a"], "character": "A", "alternatives": {}}\n'
+    (tmp_path / "out.partial").write_bytes(row)
+    (tmp_path / "out.partial.settings").write_bytes(note)
+    flags = ("--format", "json", "--output", tmp_path / "out", "--resume")
+    whole = run("--input", folder, "--format", "json")
+    assert run("--input", folder, *flags)[0] == whole[0]
+    assert (tmp_path / "out").read_bytes() == row + whole[1]
+
+
 @pytest.mark.parametrize("place", ["n" * 250, "folder"])
 def test_a_file_that_cannot_be_written_is_one_line_without_a_hint(
     run, folder: Path, tmp_path: Path, place: str
