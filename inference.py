@@ -998,7 +998,7 @@ def quickest(net: "CNN.Net") -> Callable[["torch.Tensor"], "torch.Tensor"]:
 
     import CNN
 
-    if CNN.runs_in_int8(net):
+    with suppress(ValueError):  # another net, or a CPU without such instructions
         return CNN.Int8Net(net)
     device = net.fc2.weight.device
     dtype = CNN.mixed_precision(device) if device.type == "cpu" else torch.float32
@@ -1443,7 +1443,8 @@ def answer_all(args: argparse.Namespace, pool: Pool, classifier: Classifier, ran
     if ranks.rank > 0:
         deque(ranks.answers(listing, answer), maxlen=0)
         return 0
-    output = Output(args.output, args.format, args.resume, settings(args))
+    noted = settings(args) if args.output else {}
+    output = Output(args.output, args.format, args.resume, noted)
     report, talk = Report(args.report), Talk()
     if output.done:
         talk.say(f"{len(output.done):,} pictures are in {output.partial} already")
