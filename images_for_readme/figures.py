@@ -298,10 +298,10 @@ def shown(path: Path, side: int) -> np.ndarray:
 
 FIGURES: dict[str, Callable[[], Figure]] = {
     figure.__name__: figure
-    for figure in (learning_curves, confusion, sizes, coverage, reliability, fitting, strip)
-}
-if kept("fair-*"):  # study.py makes them last
-    FIGURES["optimizers"] = optimizers
+    for figure in (
+        learning_curves, optimizers, confusion, sizes, coverage, reliability, fitting, strip
+    )
+}  # fmt: skip
 
 
 def save(name: str, folder: Path) -> None:

@@ -5,7 +5,6 @@ import hashlib
 import http.server
 import io
 import os
-import resource
 import shutil
 import signal
 import struct
@@ -494,19 +493,11 @@ def test_small_disk_is_refused_before_the_download(server, tmp_path, monkeypatch
     assert server.requests == []
 
 
-@pytest.fixture
-def small_files() -> Iterator[Callable[[int], None]]:
-    """Let the kernel refuse writes beyond a file size, as a full disk does."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-def test_disk_that_fills_up_while_fetching(server, tmp_path, small_files):
-    small_files(HALF)
+def test_disk_that_fills_up_while_fetching(server, tmp_path, disk_for):
+    disk_for(HALF)
     with pytest.raises(train.TrainingError, match=r"raw: EMNIST can't be put there: File too"):
         train.ensure_emnist(tmp_path, server.archive([whole]))
-    small_files(10**9)
+    disk_for(10**9)
     train.ensure_emnist(tmp_path, server.archive([whole]))
     assert content(tmp_path / "EMNIST" / "raw") == FILES
 

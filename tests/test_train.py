@@ -6,7 +6,6 @@ import io
 import math
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -863,14 +862,6 @@ def test_device_that_is_absent_is_one_line(run_main):
 
 def test_batch_larger_than_the_data_is_one_line(run_main):
     assert the_error(run_main("--batch-size", 139)) == "--batch-size 139: only 138 pictures"
-
-
-@pytest.fixture
-def disk_for() -> Iterator[Callable[[int], None]]:
-    """Let no file grow beyond so many bytes, as on a disk that is full."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_disk_too_full_for_checkpoints_costs_a_warning_each(run_main, tmp_path, disk_for):
