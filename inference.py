@@ -628,12 +628,11 @@ def read_closer(path: str, shape: tuple[int, ...], place: np.ndarray) -> np.ndar
 def find(inputs: Iterable[str], passed_over: Counter) -> Iterator[tuple[str, str]]:
     """Yield (path, error) of every picture, lazily, each folder's in the order of its names.
 
-    A file in `inputs` is always taken, in a folder what has a picture's suffix. Folders in folders
-    are searched, links to folders in them are not. error is "" but for a folder that can't be
-    listed. Counts in `passed_over` what is left out.
+    A file in `inputs` is always taken, in a folder what has a picture's suffix; an input given
+    twice counts once. Folders in folders are searched, links to folders in them are not. error is
+    "" but for a folder that can't be listed. Counts in `passed_over` what is left out.
     """
-    for name in inputs:
-        path = PurePath(name).as_posix()
+    for path in dict.fromkeys(PurePath(name).as_posix() for name in inputs):
         if not os.path.isdir(path):
             yield path, ""
             continue

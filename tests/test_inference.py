@@ -258,7 +258,7 @@ def test_inputs_come_in_the_order_given_and_paths_as_pathlib_writes_them(
     for name in ("b/2.png", "a/1.png", "noted.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         glyph().save(tmp_path / name, "PNG")
-    code, out, _ = run("--input", "./b/", "noted.txt", ".", "--format", "json")
+    code, out, _ = run("--input", "./b/", "noted.txt", ".", "b", "--format", "json")
     paths = [json.loads(line)["path"] for line in out.splitlines()]
     assert code == 0
     assert paths == ["b/2.png", "noted.txt", "a/1.png", "b/2.png"]
