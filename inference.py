@@ -69,17 +69,13 @@ FORMATS = {  # read by Pillow's own code alone; EPS, PDF and the like, which sta
     "TGA": (".tga",),  # last: has no signature, so almost any bytes may be taken for it
 }
 SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
-WORKING_SIDE = 96  # px; pictures are reduced as long as their longer side is no less
+WORKING_SIDE = 96  # px; pictures are reduced as long as their longer side is no less,
+NARROW = 4  # px, and their shorter side no less than this
 BLANK = "blank: no ink found"
 
 
 class Halt(Exception):  # noqa: N818 - not always an error
     """Why the run can't begin, or can't go on: one line for the user, exit code 2."""
-
-
-def read(path: str) -> np.ndarray:
-    """Read a picture as grey uint8 (H, W) at working resolution; raises as `load` does."""
-    return to_grey(load(path))
 
 
 def load(path: str, side: int = WORKING_SIDE) -> Image.Image:
@@ -95,10 +91,12 @@ def load(path: str, side: int = WORKING_SIDE) -> Image.Image:
         if not stat.S_ISREG(os.fstat(handle).st_mode):  # replaced since; it did not block, though
             raise ValueError("not a regular file")
         with Image.open(file, formats=_formats()) as picture:
-            factor = max(1, max(picture.size) // side)
+            factor = _factor(picture, side)
             picture.draft(None, (picture.width // factor, picture.height // factor))  # of a JPEG
             picture.load()
-            return _upright(_reduced(_plain(picture), side))
+            plain = _plain(picture)
+            factor = _factor(plain, side)
+            return _upright(plain.reduce(factor) if factor > 1 else plain)
 
 
 @cache
@@ -122,9 +120,9 @@ def _plain(picture: Image.Image) -> Image.Image:
     return picture.convert("L" if mode == "1" else "I" if mode.startswith("I;16") else "RGB")
 
 
-def _reduced(picture: Image.Image, side: int) -> Image.Image:
-    factor = max(picture.size) // side
-    return picture.reduce(factor) if factor > 1 else picture
+def _factor(picture: Image.Image, side: int) -> int:
+    """Return how many times smaller a picture may be; of a long strip its narrow side decides."""
+    return max(1, min(max(picture.size) // side, min(picture.size) // NARROW))
 
 
 def _upright(picture: Image.Image) -> Image.Image:
@@ -610,7 +608,7 @@ def _thicken(ink: np.ndarray, change: np.ndarray) -> np.ndarray:
 def read_closer(path: str, shape: tuple[int, ...], place: np.ndarray) -> np.ndarray | None:
     """Read again a character that is small in its picture, with its surroundings.
 
-    shape: of what `read` returned; place: centre y and x and length of the character in that, px.
+    shape: of the picture as it was loaded; place: the character's centre y and x and length there.
     Returns grey uint8 (H, W); None where the file shows no more. Raises as `load` does.
     """
     y, x, length = place
@@ -945,7 +943,6 @@ class Classifier:
     """A net made ready to answer, out of the characters of `alphabet`."""
 
     def __init__(self, net: "CNN.Net", alphabet: str, topk: int, minimum: float) -> None:
-
         self.device = net.fc2.weight.device
         self.characters = parse_alphabet(alphabet, net.alphabet)
         self.classes = [net.alphabet.index(character) for character in self.characters]
@@ -1125,7 +1122,7 @@ class Output:
         try:
             self.stream = self._open(resume, settings) if file else sys.stdout.buffer
         except OSError as error:
-            raise Halt(f"--output {file}: {error.strerror}") from None
+            raise Halt(f"--output {error.filename or file}: {error.strerror}") from None
         if form == "csv" and not self.size:
             self.stream.write(CSV_HEADER.encode())
 
@@ -1147,6 +1144,14 @@ class Output:
             if source == file:
                 shutil.copyfile(file, self.partial)
         stream = open(self.partial, "ab")  # noqa: SIM115 - closed by finish
+        try:
+            import fcntl
+
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # or two runs would mix their rows
+        except BlockingIOError:
+            raise Halt(f"--output {file}: another run is writing to it: wait, or stop it") from None
+        except (ImportError, OSError):  # Windows, some network drives: nothing is held
+            pass
         if stream.tell() and not self.size:
             print(f"inference.py: starting anew, not from {self.partial}", file=sys.stderr)
         stream.truncate(self.size)
@@ -1210,7 +1215,11 @@ class Output:
 
     def _sort(self) -> None:
         """Put the rows of FILE.partial in the order of the listing, the last for each picture."""
-        rows = {path: (start, end) for start, end, path, _, _ in self._rows(self.partial)}
+        rows = {
+            path: (start, end)
+            for start, end, path, *answer in self._rows(self.partial)
+            if any(answer) or path in self.places or not path  # no errors of what is gone
+        }
         ordered = Path(f"{self.partial}.ordered")
         with open(self.partial, "rb") as old, open(ordered, "wb") as new:
             for path in sorted(rows, key=lambda path: self.places.get(path, -1)):
@@ -1242,8 +1251,8 @@ class Report:
         self.partial, self.rows = partial(file, "--report") if file else None, 0
         if self.partial:
             self.stream = open(self.partial, "w", encoding="ascii")  # noqa: SIM115
-            self.head, self.foot = PAGE.split("ROWS")
-            self.stream.write(self.head)
+            head, self.foot = PAGE.split("ROWS")
+            self.stream.write(head)
 
     def write(self, results: list[Result]) -> None:
         """Add results, as JSON that can't end the script element that it stands in."""
@@ -1415,9 +1424,9 @@ def run(args: argparse.Namespace) -> int:
     }
     for file, flag in ((args.output, "--output"), (args.report, "--report")):
         if file:
-            partial(file, flag)  # before anything is begun
+            begun = partial(file, flag)
             inside = file.suffix.lower() in SUFFIXES and file.exists()
-            if inside or os.path.realpath(file) in taken:
+            if inside or {os.path.realpath(file), str(begun), f"{begun}.settings"} & taken:
                 name = escaped(str(file))
                 raise Halt(f"{flag} {name}: would replace what is read: choose another")
             taken.add(os.path.realpath(file))
@@ -1446,7 +1455,7 @@ def answer_all(args: argparse.Namespace, pool: Pool, classifier: Classifier, ran
     output = Output(args.output, args.format, args.resume, noted)
     report, talk = Report(args.report), Talk()
     if output.done:
-        talk.say(f"{len(output.done):,} pictures are in {output.partial} already")
+        talk.say(f"{len(output.done):,} pictures are answered already")
     listing = (pair for pair in listing if not output.holds(pair[0]))
     for results in ranks.answers(listing, answer):
         output.write(results)
@@ -1476,7 +1485,7 @@ def load_net(path: Path, device: str) -> "CNN.Net":
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).item()  # which `meta` can't
     except (RuntimeError, AssertionError) as error:  # torch's, for a device that isn't there
         raise Halt(f"--device {device}: {str(error).splitlines()[0]}") from None
     try:

@@ -182,7 +182,7 @@ def join_ranks(device: str) -> Ranks:
     if among_others and device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        torch.empty(0, device=device)
+        torch.empty(1, device=device).item()  # which `meta` can't
     except (AssertionError, RuntimeError) as error:
         raise TrainingError(f"--device {device}: {_first_line(error)}: try --device cpu") from None
     if not among_others:
@@ -303,7 +303,8 @@ def ensure_emnist(root: Path, archive: Archive = ARCHIVE) -> None:
                 _install_archive(raw, list(faults), archive)
     except (EOFError, OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
-        raise TrainingError(f"{raw}: EMNIST can't be put there: {reason}") from error
+        what = f"{raw}: EMNIST can't be put there: {reason}: mend that or choose another --data"
+        raise TrainingError(what) from error
 
 
 def _names(stem: str) -> tuple[str, str]:
@@ -1190,7 +1191,10 @@ class Checkpoints:
         for path in kept:
             try:
                 state = _read_checkpoint(path, run.ranks.device)
-                if not (changed := _differences(state["settings"], bound_settings(run.config))):
+                changed = _differences(state["settings"], bound_settings(run.config))
+                if not changed and len(state["losses"]) != run.steps_per_epoch:
+                    changed = f"other --data, of {len(state['losses'])} steps per epoch"
+                if not changed:
                     run.restore(state)
             except Exception as error:  # whatever reading damaged bytes may raise
                 say(f"warning: {path} is damaged ({_first_line(error)})")
@@ -1397,12 +1401,14 @@ def train(config: Config, stop: Stop | None = None) -> dict:
 def check_writable(out: Path) -> None:
     """Find out before the training whether the weights can be written after it."""
     try:
-        with tempfile.TemporaryFile(dir=out.parent):  # nameless: a kill leaves nothing
+        with tempfile.TemporaryFile(
+            dir=os.path.dirname(os.path.realpath(out))
+        ):  # nameless: a kill leaves nothing
             pass
     except OSError as error:
         raise TrainingError(f"--out {out}: {error.strerror}: choose a folder to write to") from None
-    if out.is_dir():
-        raise TrainingError(f"--out {out}: is a folder, expected the name of a file")
+    if out.exists() and not out.is_file():
+        raise TrainingError(f"--out {out}: is no regular file, expected the name of one")
 
 
 def is_done(config: Config) -> bool:
@@ -1473,11 +1479,16 @@ def format_results(results: dict) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Train from the command line; return the exit status."""
+    if sys.stderr is None:  # closed by whoever started this
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - to the end
     config, stop = parse(argv), Stop()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     try:
         results = train(config, stop)
+        if results:
+            print(format_results(results), flush=True)
+            say(f"wrote {config.out}")
     except InterruptedTraining as interrupted:
         say("stopped at your request; go on with the same command and --resume")
         return 128 + interrupted.args[0]
@@ -1490,9 +1501,9 @@ def main(argv: list[str] | None = None) -> int:
         if _rank() > 0 and not isinstance(error, SharedError):
             print(f"train.py: rank {_rank()}: error: {error}", file=sys.stderr)
         return 1
-    if results:
-        print(format_results(results))
-        say(f"wrote {config.out}")
+    except torch._dynamo.exc.TorchDynamoException as error:  # such as no C++ compiler there
+        say(f"train.py: error: the step can't be compiled: {_first_line(error)}: try --no-compile")
+        return 1
     return 0
 
 

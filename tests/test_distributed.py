@@ -197,7 +197,7 @@ def test_other_ranks_keep_silent_but_for_their_own_errors(
     train.say("a line that the first rank says too")
     assert capsys.readouterr().err == ""
     assert train.main(["--out", str(tmp_path), "--no-wandb", "--device", "cpu"]) == 1
-    expected = "is a folder, expected the name of a file"
+    expected = "is no regular file, expected the name of one"
     assert capsys.readouterr().err == f"train.py: rank 1: error: --out {tmp_path}: {expected}\n"
 
 

@@ -317,7 +317,9 @@ def test_a_worker_answers_in_raw_bytes_under_limits(
     ready, errors, views, block, other_errors, other_views, other_block = wire.sent
     assert (ready, errors) == (b"ready", b"\0\0")
     assert [bool(view) for view in views.split(b"\0")] == [thumbnails] * 3
-    expected, _, _ = inference.fit([inference.read(str(path)) for path in sound], SIZE)
+    expected, _, _ = inference.fit(
+        [inference.to_grey(inference.load(str(path))) for path in sound], SIZE
+    )
     assert block == expected.tobytes()
     reasons = other_errors.decode().split("\0")
     assert reasons[0] == inference.BLANK

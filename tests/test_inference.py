@@ -1,6 +1,7 @@
 """inference.py: what it reads, what it answers, in which form, and with which exit code."""
 
 import csv
+import fcntl
 import io
 import json
 import os
@@ -49,7 +50,7 @@ def glyph(character: str = "F", side: int = 64, seed: int = 3) -> Image.Image:
 
 
 def fitted(path: Path) -> np.ndarray:
-    images, inked, _ = inference.fit([inference.read(os.fspath(path))], CNN.SIZE)
+    images, inked, _ = inference.fit([inference.to_grey(inference.load(os.fspath(path)))], CNN.SIZE)
     assert inked.all()
     return images[0]
 
@@ -264,6 +265,17 @@ def test_inputs_come_in_the_order_given_and_paths_as_pathlib_writes_them(
     assert paths == ["b/2.png", "noted.txt", "a/1.png", "b/2.png"]
 
 
+def test_a_long_flat_jpeg_is_read_as_the_png_is(tmp_path: Path) -> None:
+    strip = Image.new("L", (9800, 100), 255)
+    strip.paste(glyph("P", 90), (400, 5))
+    for form in ("png", "jpg"):
+        strip.save(tmp_path / f"strip.{form}")
+    errors, _, ink = inference.prepare([str(tmp_path / f"strip.{f}") for f in ("png", "jpg")], 28)
+    assert errors == ["", ""]
+    png, jpg = np.frombuffer(ink, np.uint8).reshape(2, 28, 28).astype(float)
+    assert np.abs(png - jpg).mean() < 16
+
+
 def test_links_to_folders_are_not_followed_and_deep_folders_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -361,7 +373,7 @@ def test_a_second_look_at_a_long_flat_picture_finds_the_place(tmp_path: Path) ->
     picture = np.full((200, 6000), 255, np.uint8)
     picture[60:140, 4000:4016] = picture[124:140, 4000:4060] = 0  # an L, 80 px tall
     Image.fromarray(picture).save(tmp_path / "l.png")
-    shape = inference.read(str(tmp_path / "l.png")).shape
+    shape = inference.to_grey(inference.load(str(tmp_path / "l.png"))).shape
     place = np.array([100, 4030, 80]) * max(shape) / 6000
     seen = inference.read_closer(str(tmp_path / "l.png"), shape, place)
     assert (seen < 128).sum() / (seen.shape[0] / 200) ** 2 == pytest.approx(2000, rel=0.2)
@@ -517,6 +529,7 @@ def test_topk_is_said_to_have_no_effect_on_ascii(run, folder: Path) -> None:
         (["--model", __file__], "not a weights file"),
         (["--device", "cuda:77"], "cuda:77"),
         (["--device", "abacus"], "abacus"),
+        (["--device", "meta"], "--device meta: "),
         (["--batch-size", "0"], "--batch-size"),
         (["--topk", "none"], "--topk"),
         (["--min-confidence", "1.5"], "--min-confidence"),
@@ -556,12 +569,16 @@ def test_what_is_read_is_never_replaced(
     single = tmp_path / "single"
     glyph().save(single, "PNG")
     (tmp_path / "link").symlink_to(weights)
-    for file in (single, weights, tmp_path / "link", folder / "blank.png"):
-        before = file.read_bytes()
-        code, out, err = run("--input", folder, single, flag, file)
+    named = {file: file for file in (single, weights, tmp_path / "link", folder / "blank.png")}
+    for name in ("a.partial", "b.partial.settings"):  # taken on the way to a, b
+        glyph().save(tmp_path / name, "PNG")
+        named[tmp_path / name] = tmp_path / name[0]
+    for read, file in named.items():
+        before = read.read_bytes()
+        code, out, err = run("--input", folder, *(p for p in named if p != weights), flag, file)
         assert (code, out) == (2, b"")
         assert err == f"inference.py: {flag} {file}: would replace what is read: choose another\n"
-        assert file.read_bytes() == before
+        assert read.read_bytes() == before
     code, _, err = run("--input", single, "--output", tmp_path / "x", "--report", tmp_path / "x")
     assert code == 2
     assert "--report" in err
@@ -652,7 +669,7 @@ def test_a_signal_ends_it_and_resume_goes_on(
     assert 0 < len(answered) < COUNT
     code, _, err = run(*flags, "--resume")
     assert code == 0
-    assert f"{len(answered):,} pictures are in {part} already" in err
+    assert f"{len(answered):,} pictures are answered already" in err
     entries = list(map(json.loads, output.read_bytes().splitlines()))
     assert [entry["path"] for entry in entries] == sorted(map(str, many.iterdir()))
     assert len({entry["character"] for entry in entries}) == 1
@@ -705,15 +722,28 @@ def test_resume_tries_again_what_had_no_answer_and_keeps_the_order(
     glyph("A").save(pictures / "a.png")  # new
     code, _, err = run(*flags, "--resume")
     assert code == 1
-    assert f"3 pictures are in {tmp_path / 'out'}.partial already" in err
+    assert "3 pictures are answered already" in err
     assert "3 pictures: 2 answered, 1 unreadable" in err
     glyph("E").save(pictures / "e.png")
     assert run(*flags, "--resume")[0] == 0
     assert run(*flags[:-1], whole)[0] == 0
-    lines = (tmp_path / "out").read_bytes().splitlines()
-    assert [line for line in lines if b"g.png" not in line] == whole.read_bytes().splitlines()
+    assert (tmp_path / "out").read_bytes() == whole.read_bytes()  # nothing of g.png
     assert sorted(os.listdir(tmp_path)) == ["link", "out", "pictures", "whole"]
     assert output.is_symlink()
+
+
+def test_a_second_run_with_the_same_output_is_refused(run, folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with open(f"{output}.partial", "wb") as held:
+        held.write(b"048, a.png\n")
+        held.flush()
+        fcntl.flock(held, fcntl.LOCK_EX)
+        for flags in ((), ("--resume",)):
+            code, _, err = run("--input", folder, "--output", output, *flags)
+            assert code == 2
+            place = f"--output {output}: another run is writing to it"
+            assert err == f"inference.py: {place}: wait, or stop it\n"
+    assert Path(f"{output}.partial").read_bytes() == b"048, a.png\n"
 
 
 def test_resume_counts_doubtful_answers_of_before(run, folder: Path, tmp_path: Path) -> None:

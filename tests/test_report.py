@@ -98,7 +98,10 @@ def test_every_picture_is_there_with_what_the_net_saw(page: Path) -> None:
         image = base64.b64decode(ink)
         assert len(image) == CNN.SIZE**2
         if os.path.exists(path):  # a name with control characters is shown, not given
-            assert image == inference.fit([inference.read(path)], CNN.SIZE)[0].tobytes()
+            assert (
+                image
+                == inference.fit([inference.to_grey(inference.load(path))], CNN.SIZE)[0].tobytes()
+            )
         assert character in "0OA"
         assert confidence + sum(p for _, p in alternatives) == pytest.approx(1, abs=1e-3)
         assert pair == ("0O" if {character, alternatives[0][0]} == {"0", "O"} else "")

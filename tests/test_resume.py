@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import strokes
 import torch
 
 import CNN
@@ -403,6 +404,17 @@ def test_changed_settings_are_named_and_refused(trainings, copied, interrupted):
     outcome = trainings.run(copied, "--resume", "--lr", 0.01, "--epochs", 20)
     assert outcome.status == 1
     changed = "--epochs 15, not 20, --lr 0.003, not 0.01"
+    error = f"--resume: {copied / CHECKPOINT} was made with {changed}: pass the same settings"
+    assert outcome.said == f"train.py: error: {error}\n"
+    for name in (CHECKPOINT, PREVIOUS):
+        assert (copied / name).read_bytes() == (interrupted / name).read_bytes()
+
+
+def test_other_data_is_named_and_refused(trainings, copied, interrupted, tmp_path):
+    more = strokes.write_tiny_emnist(tmp_path / "more", per_class=6)
+    outcome = trainings.run(copied, "--resume", "--data", more)
+    assert outcome.status == 1
+    changed = f"other --data, of {STEPS_PER_EPOCH} steps per epoch"
     error = f"--resume: {copied / CHECKPOINT} was made with {changed}: pass the same settings"
     assert outcome.said == f"train.py: error: {error}\n"
     for name in (CHECKPOINT, PREVIOUS):

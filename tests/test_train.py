@@ -6,6 +6,7 @@ import io
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -845,12 +846,54 @@ def test_read_only_folder_for_the_weights_is_one_line(run_main):
 
 def test_places_where_no_weights_can_be_are_one_line(run_main, tmp_path):
     error = the_error(run_main("--out", tmp_path))
-    assert error == f"--out {tmp_path}: is a folder, expected the name of a file"
+    assert error == f"--out {tmp_path}: is no regular file, expected the name of one"
+    os.mkfifo(tmp_path / "pipe")
+    error = the_error(run_main("--out", tmp_path / "pipe"))
+    assert error == f"--out {tmp_path}/pipe: is no regular file, expected the name of one"
     error = the_error(run_main("--out", tmp_path / "absent" / "model.pt"))
     assert error.startswith(f"--out {tmp_path}/absent/model.pt: No such file or directory")
     (tmp_path / "file").write_text("")
     error = the_error(run_main("--out", tmp_path / "file" / "model.pt"))
     assert error.startswith(f"--out {tmp_path}/file/model.pt: Not a directory")
+
+
+def test_weights_go_where_a_link_points(run_main, tmp_path):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "model.pt").symlink_to(tmp_path / "kept" / "real.pt")
+    assert run_main()[0] == 0
+    assert (tmp_path / "model.pt").is_symlink()
+    assert CNN.load(tmp_path / "kept" / "real.pt").figures["test"]["accuracy"] >= 0
+
+
+def test_results_that_nobody_takes_cost_one_line_and_no_weights(tiny_emnist, tmp_path):
+    flags = ["--data", tiny_emnist, "--out", tmp_path / "model.pt", "--device", "cpu", "--no-wandb"]
+    flags += ["--arch", "run1", "--batch-size", 16, "--epochs", 1]
+    command = shlex.join([sys.executable, train.__file__, *map(str, flags)])
+    full = subprocess.run(["bash", "-c", f"{command} > /dev/full"], capture_output=True, text=True)
+    assert full.returncode == 1
+    assert full.stderr.splitlines()[-1].startswith("train.py: error: [Errno 28] No space left")
+    assert CNN.load(tmp_path / "model.pt").figures["test"]["accuracy"] >= 0
+    silent = subprocess.run(["bash", "-c", f"{command} 2>&-"], capture_output=True, text=True)
+    assert silent.returncode == 0
+    assert "negative log-likelihood" in silent.stdout
+
+
+def test_a_step_that_cannot_be_compiled_is_one_line(tiny_emnist, tmp_path):
+    flags = ["--data", tiny_emnist, "--out", tmp_path / "model.pt", "--device", "cpu", "--no-wandb"]
+    flags += ["--arch", "run1", "--batch-size", 16, "--epochs", 1, "--compile"]
+    nowhere = {"CXX": "/absent", "PATH": "/absent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "c")}
+    command = [sys.executable, train.__file__, *map(str, flags)]
+    run = subprocess.run(command, env=os.environ | nowhere, capture_output=True, text=True)
+    assert run.returncode == 1
+    lines = [line for line in run.stderr.splitlines() if "train.py: error: " in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("train.py: error: the step can't be compiled: ")
+    assert lines[0].endswith(": try --no-compile")
+    assert "Traceback" not in run.stderr
+
+
+def test_device_that_can_hold_nothing_is_one_line(run_main):
+    assert the_error(run_main("--device", "meta")).startswith("--device meta: ")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
