@@ -9,7 +9,6 @@ runs/. `strip` adds the sample pictures, `fitting` runs inference.py's own code.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -22,25 +21,27 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
+from matplotlib.colors import LinearSegmentedColormap, ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(HERE)]
 
 import strokes  # noqa: E402
+from study import RUNS, record, validation_nll  # noqa: E402
+from tables import OPTIMIZERS, length  # noqa: E402
 
 import inference  # noqa: E402
 
-RUNS = HERE / "runs"
 SAMPLES = ROOT / "tests" / "samples"
 SIZE = strokes.EMNIST_SIDE
 PAPER, INK, SOFT = "#f4f3ef", "#23262b", "#767b84"  # one card that reads well on light and dark
 COLOURS = ["#1f6fb4", "#d1642a", "#2f8f5b", "#a3458f", "#8a6d1d", "#5b5fc7", "#b03a48", "#5a7a84"]
-OPTIMIZERS = {"sgd": "SGD", "adagrad": "Adagrad", "adam": "Adam", "adamw": "AdamW"}
 ORIGIN_RUNS = {"sgd": "run3", "adagrad": "run4", "adam": "run5", "adamw": "run6"}
+PALE_TO_DARK = LinearSegmentedColormap.from_list("errors", ["#b9d3e8", "#1f6fb4", "#0a1f3c"])
+LEAST = 80  # per cent right; what is below is written at the edge
 MARKED = (0.5, 0.8, 0.9, 0.95, 0.99)  # values of --min-confidence to write at the curves
 FEWEST = 20  # pictures in a bin whose share of right answers says anything
 FITTED = ["A_photo.jpg", "G_shade.jpg", "1_pencil.jpg", "8_photo.jpg", "F_thin.png", "W_fat.png"]
@@ -56,10 +57,6 @@ plt.rcParams.update(
         "axes.titlesize": 10, "axes.titlelocation": "left",
     }
 )  # fmt: skip
-
-
-def record(name: str) -> dict:
-    return json.loads((RUNS / f"{name}.json").read_text())
 
 
 def kept(pattern: str) -> list[str]:
@@ -92,22 +89,21 @@ def learning_curves() -> Figure:
     """Compare the origin's runs and our default, epoch by epoch, on validation."""
     figure, axes = plt.subplots(figsize=(8, 4.5))
     labels = []
-    names = {name: f"Run {name[3]}" for name in [*kept("run[1-8]"), *kept("run9*")]}
-    for (name, text), colour in zip(names.items(), [*COLOURS, INK], strict=False):
+    for name, colour in zip(kept("run[1-9]"), [*COLOURS, INK], strict=True):
         curve = wrong(record(name))
         epochs = np.arange(1, len(curve) + 1)
-        axes.plot(epochs, curve, color=colour, marker="o", markersize=2.5, linewidth=1.2)
-        text += " (broken off)" if "cut-short" in name else ""
-        labels.append((epochs[-1], curve[-1], text, colour))
+        style = ":" if name == "run6" else "-"  # or it would hide Run 5, which it equals
+        axes.plot(epochs, curve, style, color=colour, marker="o", markersize=2.5, linewidth=1.2)
+        labels.append((epochs[-1], curve[-1], f"Run {name[3]}", colour))
     seeds = np.array([wrong(record(name)) for name in kept("default-*")])
     epochs, mean = np.arange(1, seeds.shape[1] + 1), seeds.mean(0)
     axes.fill_between(epochs, seeds.min(0), seeds.max(0), color="#c01f2e", alpha=0.25, linewidth=0)
     axes.plot(epochs, mean, color="#c01f2e", linewidth=2)
     labels.append((epochs[-1], mean[-1], f"default, {len(seeds)} seeds", "#c01f2e"))
     axes.set(yscale="log", xlabel="epochs", ylabel="wrong on validation, % (logarithmic)")
-    axes.set(xlim=(0.5, 23.5), title=f"Learning curves; {record('origin-short')['data']}")
+    axes.set(xlim=(0.5, 33.5), title=f"Learning curves; {record('origin-short')['data']}")
     log_ticks(axes.yaxis, (6, 7, 8, 10, 15, 20, 30, 50, 80))
-    axes.set_xticks(range(1, 21))
+    axes.set_xticks((1, *range(5, 31, 5)))
     write_beside(axes, labels, gap=0.035)
     return figure
 
@@ -116,27 +112,26 @@ def optimizers() -> Figure:
     """Compare the optimizers over a grid of learning rates, and each at its best."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), width_ratios=(3, 2))
     for row, (optimizer, text) in enumerate(OPTIMIZERS.items()):
-        grid = {run["settings"]["lr"]: run for run in map(record, kept(f"grid-{optimizer}-*"))}
-        rates = sorted(grid)
-        errors = [wrong(grid[rate])[-1] for rate in rates]
-        left.plot(rates, errors, marker="o", markersize=4, label=text)
+        names = kept(f"grid-{optimizer}-*")
+        grid = sorted((record(name)["settings"]["lr"], validation_nll(name)) for name in names)
+        left.plot(*zip(*grid, strict=True), marker="o", markersize=4, label=text)
         runs = [record(name) for name in kept(f"fair-{optimizer}-*")]
         tested = [run["test"]["accuracy"] for run in runs]
         right.plot(tested, [row] * len(tested), "o", color=COLOURS[row], markersize=5)
         text = f"{np.mean(tested):.1f} % at {runs[0]['settings']['lr']:g}"
         right.text(np.mean(tested), row - 0.22, text, ha="center", va="bottom", fontsize=8)
-        origin = record(ORIGIN_RUNS[optimizer])
-        right.plot(origin["test"]["accuracy"], row, "x", color=COLOURS[row], markersize=6)
-    short, fair = (
-        f"{run['settings']['epochs']} epochs of {run['data'].split(': ')[1].split(' to')[0]}"
-        for run in (grid[rates[0]], runs[0])
-    )
+        origin = record(ORIGIN_RUNS[optimizer])["test"]["accuracy"]
+        right.plot(max(origin, LEAST), row, "x", color=COLOURS[row], markersize=6)
+        if origin < LEAST:
+            right.annotate(f"{origin:.0f} %", (LEAST, row), (6, 0), textcoords="offset points",
+                           va="center", fontsize=8)  # fmt: skip
     left.set(xscale="log", yscale="log", xlabel="learning rate (logarithmic)",
-             ylabel="wrong on validation, %",
-             title=f"Net run1, {short}")  # fmt: skip
-    log_ticks(left.yaxis, (10, 15, 20, 30, 50, 90))
-    left.legend()
-    right.set(xlabel=f"right on test, %\ndots: seeds, {fair}\n"
+             ylabel="best NLL on validation, nats (n = 18,159)",
+             title=f"Net run1, {length('grid-sgd-0.1')}")  # fmt: skip
+    left.set_ylim(0.45, 1.1)  # Adagrad at 0.1 lies far above
+    log_ticks(left.yaxis, (0.5, 0.6, 0.7, 0.8, 1))
+    left.legend(loc="upper left")
+    right.set(xlabel=f"right on test, %\ndots: seeds, {length('fair-sgd-0')}\n"
               "crosses: the origin's rate, 5 epochs of all",
               yticks=range(len(OPTIMIZERS)), yticklabels=OPTIMIZERS.values(),
               title="Each at its own best rate (n = 30,400)")  # fmt: skip
@@ -151,11 +146,13 @@ def confusion() -> Figure:
     alphabet = strokes.ALPHABET
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 5.4), width_ratios=(5, 2))
     share = 100 * table / table.sum(1, keepdims=True)
-    shown = left.imshow(np.where(share > 0, share, np.nan), norm=LogNorm(0.05, 100), cmap="YlGnBu")
+    wrong = np.where((share > 0) & ~np.eye(len(table), dtype=bool), share, np.nan)
+    left.imshow(np.eye(len(table)), cmap=ListedColormap([PAPER, "#cfccc4"]))
+    shown = left.imshow(wrong, norm=LogNorm(0.05, 100), cmap=PALE_TO_DARK)
     places = range(len(alphabet))
     left.set(xticks=places, yticks=places, xticklabels=alphabet, yticklabels=alphabet,
              xlabel="answer", ylabel="truth")  # fmt: skip
-    left.set_title(f"Answers of the shipped weights; n = {table.sum():,} test pictures")
+    left.set_title(f"Errors of the shipped weights; n = {table.sum():,} test pictures")
     left.tick_params(labelsize=7, length=0)
     left.grid(False)
     bar = figure.colorbar(shown, ax=left, label="% of the truth's pictures (log)", shrink=0.8)
@@ -175,8 +172,8 @@ def confusion() -> Figure:
 
 def sizes() -> Figure:
     """Show accuracy against picture size, for ours and for the origin's way."""
-    kept = record("sizes")
-    rows, epochs = kept["rows"], record("origin-short")["settings"]["epochs"]
+    measured = record("sizes")
+    rows, epochs = measured["rows"], record("origin-short")["settings"]["epochs"]
     figure, axes = plt.subplots(figsize=(7, 4))
     lines = {
         "ours": "shipped weights, inference.py's fit",
@@ -186,7 +183,7 @@ def sizes() -> Figure:
     for key, text in lines.items():
         axes.plot([row["px"] for row in rows], [row[key] for row in rows], marker="o", label=text)
     axes.set(xlabel="side of the picture, px", ylabel="right, %",
-             title=f"Test pictures shrunk and saved so; n = {kept['n']:,}")  # fmt: skip
+             title=f"Test pictures shrunk and saved so; n = {measured['n']:,}")  # fmt: skip
     axes.set_xticks([row["px"] for row in rows])
     axes.legend(loc="lower right")
     return figure
@@ -194,18 +191,18 @@ def sizes() -> Figure:
 
 def coverage() -> Figure:
     """Show how much is answered and how much of that is right, as --min-confidence rises."""
-    kept = record("coverage")
+    measured = record("coverage")
     figure, axes = plt.subplots(figsize=(7, 4))
+    marked = [measured["thresholds"].index(threshold) for threshold in MARKED]
     for key, text in (("test", "EMNIST's test"), ("field", "the field sets together")):
-        curve = kept[key]
-        axes.plot(curve["answered"], curve["right"], label=f"{text}, n = {curve['n']:,}")
-        for threshold in MARKED:
-            at = kept["thresholds"].index(threshold)
-            point = curve["answered"][at], curve["right"][at]
-            axes.plot(*point, "o", color=axes.lines[-1].get_color(), markersize=4)
-            axes.annotate(f"{threshold:g}", point, (0, 6), textcoords="offset points", ha="left",
-                          fontsize=7, color=SOFT)  # fmt: skip
-            axes.lines[-1].set_color(COLOURS[key == "field"])
+        curve = measured[key]
+        points = list(zip(curve["answered"], curve["right"], strict=True))
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, markevery=marked,
+                  label=f"{text}, n = {curve['n']:,}")  # fmt: skip
+        side = {"va": "bottom", "ha": "left"} if key == "test" else {"va": "top", "ha": "right"}
+        for at, threshold in zip(marked, MARKED, strict=True):
+            axes.annotate(f"{threshold:g}", points[at], (0, 4 if key == "test" else -4),
+                          textcoords="offset points", fontsize=8, **side)  # fmt: skip
     axes.set(xlabel="answered, %", ylabel="right of the answered, %",
              title="Coverage against accuracy; beside the dots: --min-confidence")  # fmt: skip
     axes.legend(loc="lower left")
@@ -214,13 +211,13 @@ def coverage() -> Figure:
 
 def reliability() -> Figure:
     """Compare confidences with how often they are right."""
-    kept = record("reliability")
+    measured = record("reliability")
     figure, (upper, lower) = plt.subplots(
         2, 1, figsize=(5.5, 5.5), height_ratios=(3, 1), sharex=True
     )
     upper.plot([0, 1], [0, 1], color=SOFT, linewidth=1, linestyle="--")
     for place, (key, text) in enumerate({"test": "EMNIST's test", "field": "field sets"}.items()):
-        bins = kept[key]
+        bins = measured[key]
         counts = np.array(bins["counts"])
         enough = counts >= FEWEST
         points = np.array(bins["confidence"])[enough], np.array(bins["right"])[enough]
@@ -229,8 +226,8 @@ def reliability() -> Figure:
         width = 1 / len(counts)
         left = (np.arange(len(counts)) + 0.1 + 0.4 * place) * width
         lower.bar(left, counts, 0.4 * width, align="edge", color=COLOURS[place])
-    upper.set(ylabel="share of answers that are right",
-              title=f"Reliability in {len(counts)} bins of at least {FEWEST} pictures")  # fmt: skip
+    title = f"Reliability; of {len(counts)} bins, those of {FEWEST} pictures or more"
+    upper.set(ylabel="share of answers that are right", title=title)
     upper.legend(loc="upper left")
     lower.set(yscale="log", xlabel="confidence", ylabel="pictures", xlim=(0, 1))
     return figure
@@ -240,7 +237,9 @@ def fitting() -> Figure:
     """Show on drawings of ours how EMNIST's files are turned, and pictures fitted."""
     stored = [strokes.emnist_picture(c, strokes.hand(i)).T for i, c in enumerate("2457ABEFGJLR")]
     paths = [SAMPLES / name for name in FITTED]
-    fitted, _, _ = inference.fit([inference.read(str(path)) for path in paths], SIZE)
+    fitted, _, _ = inference.fit(
+        [inference.to_grey(inference.load(str(path))) for path in paths], SIZE
+    )
     rows = {
         "as EMNIST's files\nhold it": stored,
         "turned upright\nby train.py": [picture.T for picture in stored],
@@ -254,7 +253,7 @@ def fitting() -> Figure:
         axes[0].set_ylabel(text, rotation=0, ha="right", va="center")
     for cell, path in zip(grid[2], paths, strict=True):
         with Image.open(path) as picture:
-            cell.set_title("{} x {}".format(*picture.size), fontsize=7, loc="center", color=SOFT)
+            cell.set_title("{} x {}".format(*picture.size), fontsize=8, loc="center")
     return figure
 
 

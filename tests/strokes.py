@@ -322,6 +322,14 @@ def emnist_picture(character: str, writer: Hand, form: int = 0) -> np.ndarray:
     return np.uint8(np.round(picture * (255 / picture.max())))
 
 
+def photograph(ink: np.ndarray, random: np.random.Generator) -> Image.Image:
+    """Show ink (height, width) on unevenly lit, grained paper."""
+    light = np.linspace(1, random.uniform(0.6, 0.9), ink.shape[1])[:, None]
+    picture = light * (225, 220, 205) * (1 - ink[..., None]) + ink[..., None] * (40, 45, 90)
+    picture += random.normal(0, 4, (*ink.shape, 1))
+    return Image.fromarray(np.uint8(picture.clip(0, 255)))
+
+
 def _idx(values: np.ndarray) -> bytes:
     """Return an array of bytes in the IDX format (LeCun): magic, dimensions, values."""
     header = bytes([0, 0, 8, values.ndim])

@@ -50,15 +50,23 @@ def test_the_two_first_commands_set_themselves_up_and_ci_runs_the_second() -> No
     assert second in (ROOT / ".ci" / "run").read_text().splitlines()
 
 
-def test_shown_output_is_what_the_first_command_prints() -> None:
-    shown = re.search(
-        r"inference\.py --input tests/samples\n```\n\n```\n(.*?)```", README, re.DOTALL
-    )
-    command = [sys.executable, "inference.py", "--input", "tests/samples"]
+@pytest.mark.parametrize(("form", "begin"), [("ascii", "048, "), ("csv", "path,character,")])
+def test_shown_output_is_what_inference_prints(form: str, begin: str) -> None:
+    shown = re.search(rf"```\n({begin}.*?)```", README, re.DOTALL)
+    command = [sys.executable, "inference.py", "--input", "tests/samples", "--format", form]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     lines = [line for line in shown[1].splitlines() if line != "..."]
-    assert len(lines) >= 5
+    assert len(lines) >= 4
     assert set(lines) <= set(run.stdout.splitlines())
+
+
+def test_figures_outside_the_tables() -> None:
+    parameters = tables.record("shipped")["parameters"]
+    assert f"{parameters / 1e6:.2f} M parameters" in README
+    command = [sys.executable, "-m", "pytest", "--collect-only"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    collected = re.search("([0-9]+) tests collected", run.stdout)[1]
+    assert f"\n{collected} passed\n" in README
 
 
 def test_tests_named_in_the_sturdiness_table_exist() -> None:

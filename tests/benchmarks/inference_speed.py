@@ -11,7 +11,6 @@ ratio is the median of the rounds'.
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -26,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "images_for_readme")]
 
 import strokes  # noqa: E402
 
@@ -46,7 +45,8 @@ def draw(folder: Path, kind: str, count: int) -> list[Path]:
         if kind == "small":
             Image.fromarray(strokes.emnist_picture(character, writer, form=i)).save(path)
         else:
-            photo(character, writer, i).save(path, quality=85)
+            ink = strokes.ink(character, writer, (800, 600))
+            strokes.photograph(ink, np.random.default_rng(i)).save(path, quality=85)
         drawn.append(path.read_bytes())
         files.append(path)
     for i in range(len(files), count):
@@ -54,16 +54,6 @@ def draw(folder: Path, kind: str, count: int) -> list[Path]:
         path.write_bytes(drawn[i % len(drawn)])
         files.append(path)
     return files
-
-
-def photo(character: str, writer: strokes.Hand, seed: int) -> Image.Image:
-    """Draw a character on 800x600 of unevenly lit, grained paper."""
-    rng = np.random.default_rng(seed)
-    ink = strokes.ink(character, writer, (800, 600))[..., None]
-    light = np.linspace(1, rng.uniform(0.6, 0.9), 800)[None, :, None]
-    paper = np.array([225, 220, 205]) * light
-    picture = paper * (1 - ink) + np.array([40, 45, 90]) * ink + rng.normal(0, 4, (600, 800, 1))
-    return Image.fromarray(np.uint8(np.clip(picture, 0, 255)))
 
 
 def baseline(files: list[Path]) -> None:
@@ -187,7 +177,7 @@ def main() -> None:
     parser.add_argument("--photos", type=int, default=5_000, help="JPEGs of 800x600")
     parser.add_argument("--many", type=int, default=200_000, help="hard links")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="file to keep the figures in")
+    parser.add_argument("--keep", action="store_true", help="write bench-inference.json")
     args = parser.parse_args()
     what = args.what or ["small", "photos", "startup"]
     print(f"{CORES} cores, Python {sys.version.split()[0]}, Pillow {Image.__version__}")
@@ -200,8 +190,10 @@ def main() -> None:
         "many": lambda: many(args.many),
     }
     results = {name: work[name]() for name in work if name in what}
-    if args.json:
-        args.json.write_text(json.dumps({"cores": CORES, **results}, indent=1) + "\n")
+    if args.keep:
+        import study
+
+        study.keep("bench-inference", "pictures drawn by tests/strokes.py", results)
 
 
 if __name__ == "__main__":

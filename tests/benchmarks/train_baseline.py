@@ -8,7 +8,6 @@ are timed in one process, first the one, then the other, and judged on the same 
 """
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import replace
@@ -19,10 +18,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "images_for_readme")]
 
-import train
-from CNN import ORIGIN, Net
+import study  # noqa: E402
+
+import train  # noqa: E402
+from CNN import ORIGIN, Net  # noqa: E402
 
 # train.py's settings for a short run of the same net, each picture seen once at most
 SHORT = {
@@ -89,7 +91,7 @@ def main() -> None:
     parser.add_argument(
         "--ours", type=float, default=0.8, help="part of the pictures that ours sees, once"
     )
-    parser.add_argument("--json", type=Path, help="file to keep the figures in")
+    parser.add_argument("--keep", action="store_true", help="write bench-baseline.json")
     args = parser.parse_args()
     torch.manual_seed(0)
 
@@ -115,10 +117,10 @@ def main() -> None:
         + ("" if entry["accuracy"] >= accuracy else " BUT LESS ACCURATE: raise --ours"),
         flush=True,
     )
-    if args.json:
+    if args.keep:
         kept = {"baseline_accuracy": accuracy, "baseline_seconds": seconds, "baseline_rate": rate}
         kept |= {"accuracy": entry["accuracy"], "seconds": entry["seconds"], "whole": whole}
-        args.json.write_text(json.dumps(kept, indent=1) + "\n")
+        study.keep("bench-baseline", "EMNIST sample", kept)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ stepped. Both in one process, in turn, `--rounds` times; a ratio is the median o
 """
 
 import argparse
-import json
-import platform
 import statistics
 import sys
 import time
@@ -20,10 +18,13 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "images_for_readme")]
 
-import train
-from train import Config, Ranks, Run, Split, Stop
+import study  # noqa: E402
+
+import train  # noqa: E402
+from train import Config, Ranks, Run, Split, Stop  # noqa: E402
 
 
 def seconds(work: Callable[[], None], device: torch.device) -> float:
@@ -132,34 +133,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--arch", default=Config.arch)
+    parser.add_argument("--arch", nargs="+", default=[Config.arch])
     parser.add_argument("--steps", type=int, default=40, help="per round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--target", type=float, help="accuracy on validation to time, per cent")
     parser.add_argument("--epochs", type=int, default=6, help="of the training to the target")
-    parser.add_argument("--json", type=Path, help="file to keep the figures in")
+    parser.add_argument("--keep", action="store_true", help="write bench-cpu.json (or -cuda)")
     parser.add_argument("--curve", action="store_true", help="print the cost curve as well")
     args = parser.parse_args()
 
     out = Path("/tmp/train_speed.pt")
-    config = Config(data=args.data, device=args.device, arch=args.arch, out=out, wandb=False)
+    config = Config(data=args.data, device=args.device, out=out, wandb=False)
     ranks = train.join_ranks(args.device)
     splits = train.load_splits(config, ranks)
-    name = platform.machine()
-    if ranks.device.type == "cuda":
-        name = torch.cuda.get_device_name()
-    print(f"{name}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads")
-    figures = compare(config, splits[0], ranks, args.steps, args.rounds)
-    print(
-        f"{args.arch}, batch {config.batch_size}: limit {figures['limit']:,.0f} images/s, "
-        f"ours {figures['ours']:,.0f}, {100 * figures['ratio']:.1f} % of the limit; "
-        f"{figures['epoch']:.2f} s per epoch; built in {figures['build']:.1f} s; "
-        f"peak {peak_megabytes(ranks.device):,.0f} MB",
-        flush=True,
-    )
-    if args.json:
-        kept = {"machine": name, "arch": args.arch, "peak": peak_megabytes(ranks.device), **figures}
-        args.json.write_text(json.dumps(kept, indent=1) + "\n")
+    print(study.machine(ranks.device))
+    kept = {}
+    for arch in args.arch:
+        run = replace(config, arch=arch)
+        figures = compare(run, splits[0], ranks, args.steps, args.rounds)
+        kept[arch] = figures | {"peak": peak_megabytes(ranks.device)}
+        print(
+            f"{arch}, batch {run.batch_size}: limit {figures['limit']:,.0f} images/s, "
+            f"ours {figures['ours']:,.0f}, {100 * figures['ratio']:.1f} % of the limit; "
+            f"{figures['epoch']:.2f} s per epoch; built in {figures['build']:.1f} s; "
+            f"peak {kept[arch]['peak']:,.0f} MB",
+            flush=True,
+        )
+    if args.keep:
+        study.keep(f"bench-{ranks.device.type}", "EMNIST sample", kept)
     if args.target:
         time_to(args.target, replace(config, epochs=args.epochs), splits)
     if args.curve:
