@@ -1,6 +1,7 @@
 """inference.py: what it reads, what it answers, in which form, and with which exit code."""
 
 import csv
+import errno
 import fcntl
 import io
 import json
@@ -744,6 +745,17 @@ def test_a_second_run_with_the_same_output_is_refused(run, folder: Path, tmp_pat
             place = f"--output {output}: another run is writing to it"
             assert err == f"inference.py: {place}: wait, or stop it\n"
     assert Path(f"{output}.partial").read_bytes() == b"048, a.png\n"
+
+
+def test_where_there_are_no_locks_none_is_held(
+    run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert run("--input", folder, "--output", tmp_path / "out")[0] == 1  # of blank.png
+    assert (tmp_path / "out").read_bytes() == run("--input", folder)[1]
 
 
 def test_resume_counts_doubtful_answers_of_before(run, folder: Path, tmp_path: Path) -> None:
