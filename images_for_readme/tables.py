@@ -210,8 +210,8 @@ What holds, and what doesn't:
   rate of SGD and Adagrad; at those rates SGD leads ({right["run3"]} %), and Adam and AdamW can't be
   told apart ({right["run5"]} and {right["run6"]} %). Each at its own best rate, below, {words[lead]} has the
   highest mean, but the seeds of {", ".join(words[name] for name in near)} overlap: no order follows.
-- *More layers help*: yes. AdamW at 1e-4 takes run1's net to {right["run2"]} % (Run 2), run7's to {right["run7"]} %
-  and run8's to {right["run8"]} %, though batch and weight decay changed with them.
+- *More layers help*: yes. AdamW at 1e-4 takes run1's net to {right["run1"]} and {right["run2"]} % (Runs 1 and 2), run7's
+  to {right["run7"]} % and run8's to {right["run8"]} %, though batch and weight decay changed with them.
 - *96 % after 30 epochs*: no. Run 9 ends at {right["run9"]} %. Its NLL on validation was least after epoch
   {best["epoch"]} ({best["nll"]:.3f}), those weights are the ones kept; by epoch {len(longest)} it is {longest[-1]["nll"]:.3f}, while the loss on
   train falls on, from {best["loss"]:.3f} to {longest[-1]["loss"]:.3f}. (In float32 on an H100 it was broken off after {len(earlier)}
