@@ -1106,6 +1106,18 @@ def partial(file: Path, flag: str) -> Path:
     return file.with_name(file.name + ".partial")
 
 
+def _lock(stream: IO[bytes], file: Path) -> None:
+    """Hold what becomes FILE until it is closed, or two runs would mix their rows. Raises Halt."""
+    try:
+        import fcntl
+
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Halt(f"--output {file}: another run is writing to it: wait, or stop it") from None
+    except (ImportError, OSError):  # Windows, some network drives: nothing is held
+        pass
+
+
 class Output:
     """Writes results in order to stdout, or to FILE.partial, which becomes FILE when all is done.
 
@@ -1144,14 +1156,7 @@ class Output:
             if source == file:
                 shutil.copyfile(file, self.partial)
         stream = open(self.partial, "ab")  # noqa: SIM115 - closed by finish
-        try:
-            import fcntl
-
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # or two runs would mix their rows
-        except BlockingIOError:
-            raise Halt(f"--output {file}: another run is writing to it: wait, or stop it") from None
-        except (ImportError, OSError):  # Windows, some network drives: nothing is held
-            pass
+        _lock(stream, file)
         if stream.tell() and not self.size:
             print(f"inference.py: starting anew, not from {self.partial}", file=sys.stderr)
         stream.truncate(self.size)
@@ -1424,9 +1429,9 @@ def run(args: argparse.Namespace) -> int:
     }
     for file, flag in ((args.output, "--output"), (args.report, "--report")):
         if file:
-            begun = partial(file, flag)
+            part = partial(file, flag)
             inside = file.suffix.lower() in SUFFIXES and file.exists()
-            if inside or {os.path.realpath(file), str(begun), f"{begun}.settings"} & taken:
+            if inside or {os.path.realpath(file), str(part), f"{part}.settings"} & taken:
                 name = escaped(str(file))
                 raise Halt(f"{flag} {name}: would replace what is read: choose another")
             taken.add(os.path.realpath(file))

@@ -1401,9 +1401,8 @@ def train(config: Config, stop: Stop | None = None) -> dict:
 def check_writable(out: Path) -> None:
     """Find out before the training whether the weights can be written after it."""
     try:
-        with tempfile.TemporaryFile(
-            dir=os.path.dirname(os.path.realpath(out))
-        ):  # nameless: a kill leaves nothing
+        folder = os.path.dirname(os.path.realpath(out))
+        with tempfile.TemporaryFile(dir=folder):  # nameless: a kill leaves nothing
             pass
     except OSError as error:
         raise TrainingError(f"--out {out}: {error.strerror}: choose a folder to write to") from None

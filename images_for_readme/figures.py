@@ -146,9 +146,9 @@ def confusion() -> Figure:
     alphabet = strokes.ALPHABET
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 5.4), width_ratios=(5, 2))
     share = 100 * table / table.sum(1, keepdims=True)
-    wrong = np.where((share > 0) & ~np.eye(len(table), dtype=bool), share, np.nan)
+    errors = np.where((share > 0) & ~np.eye(len(table), dtype=bool), share, np.nan)
     left.imshow(np.eye(len(table)), cmap=ListedColormap([PAPER, "#cfccc4"]))
-    shown = left.imshow(wrong, norm=LogNorm(0.05, 100), cmap=PALE_TO_DARK)
+    shown = left.imshow(errors, norm=LogNorm(0.05, 100), cmap=PALE_TO_DARK)
     places = range(len(alphabet))
     left.set(xticks=places, yticks=places, xticklabels=alphabet, yticklabels=alphabet,
              xlabel="answer", ylabel="truth")  # fmt: skip

@@ -167,13 +167,10 @@ def write(name: str, made: dict) -> None:
     part.replace(RUNS / f"{name}.json")
 
 
-def keep(name: str, data: str, figures: dict) -> None:
+def keep(name: str, data: str, figures: dict, device: str = "cpu") -> None:
     """Keep what the command that runs measured, with how and where."""
-    settings = {"command": shlex.join(["python3", *sys.argv])}
-    write(
-        name,
-        {"settings": settings, "machine": machine(torch.device("cpu")), "data": data} | figures,
-    )
+    settings, where = {"command": shlex.join(["python3", *sys.argv])}, machine(torch.device(device))
+    write(name, {"settings": settings, "machine": where, "data": data} | figures)
 
 
 def _rounded(value: object) -> object:

@@ -185,9 +185,9 @@ def story() -> str:
     longest, earlier = (record(name)["history"] for name in ("run9", "run9-cut-short"))
     best = min(longest, key=lambda epoch: epoch["nll"])
     apart = [abs(a["accuracy"] - b["accuracy"]) for a, b in zip(longest, earlier, strict=False)]
-    whole = [record(f"default-{seed}")["test"]["accuracy"] for seed in range(5)]
+    _, least, most = on_test("default", range(5))
     changed, clean = (record(f"lever-{name}") for name in ("with-all", "without-any"))
-    fair = {name: tested(f"fair-{name}") for name in OPTIMIZERS}
+    fair = {name: on_test(f"fair-{name}") for name in OPTIMIZERS}
     lead = max(fair, key=lambda name: fair[name][0])
     near = [name for name, (_, _, high) in fair.items() if high >= fair[lead][1]]
     words = {name: text.split(",")[0] for name, text in OPTIMIZERS.items()}
@@ -238,13 +238,13 @@ version of it, 20 epochs, all pictures augmented gave {every:.2f} %, none {none:
 {half:.2f} %. Fitting is not in the table, for EMNIST's pictures need none; without it {unfitted:.0f} % of
 the real pictures are read rightly instead of {fitted:.0f} %.
 
-At full length, 20 epochs instead of 30, all of it together gives {min(whole):.2f} to {max(whole):.2f} % (five seeds)
+At full length, 20 epochs instead of 30, all of it together gives {least:.2f} to {most:.2f} % (five seeds)
 where Run 9 has {right["run9"]} %."""
 
 
-def tested(name: str) -> tuple[float, float, float]:
+def on_test(name: str, seeds: Iterable[int] = SEEDS) -> tuple[float, float, float]:
     """Return mean, least and greatest test accuracy of a run's seeds, per cent."""
-    figures = [record(f"{name}-{seed}")["test"]["accuracy"] for seed in SEEDS]
+    figures = [record(f"{name}-{seed}")["test"]["accuracy"] for seed in seeds]
     return sum(figures) / len(figures), min(figures), max(figures)
 
 
@@ -267,7 +267,7 @@ def optimizers(fair: dict[str, tuple[float, float, float]]) -> str:
 def steps() -> str:
     rows, before = [], None
     for name, text in STEPS.items():
-        mean, low, high = tested(f"step-{name}")
+        mean, low, high = on_test(f"step-{name}")
         gain = "" if before is None else f"{mean - before:+.2f}"
         rows.append((text, f"{mean:.2f}", f"{low:.2f} to {high:.2f}", gain))
         before = mean

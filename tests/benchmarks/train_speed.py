@@ -160,7 +160,8 @@ def main() -> None:
             flush=True,
         )
     if args.keep:
-        study.keep(f"bench-{ranks.device.type}", "EMNIST sample", kept)
+        kind = ranks.device.type
+        study.keep(f"bench-{kind}", "EMNIST sample", kept, kind)
     if args.target:
         time_to(args.target, replace(config, epochs=args.epochs), splits)
     if args.curve:
