@@ -9,17 +9,14 @@ each other; whatever they have to agree on stands here once.
 
 import copy
 import io
+import math
 import os
-import pickletools
-import tempfile
-import zipfile
-from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.nn.utils import fusion
 
@@ -27,19 +24,11 @@ ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # a class is the index of its
 SIZE = 28  # px, side of the square pictures the net reads
 MEAN, STD = 0.1736, 0.3317  # of EMNIST's pixels in [0, 1], digits and letters together
 DROPOUT = 0.28  # the origin's
+DIGITS = 10  # the first classes
+EVALUATION_BATCH = 2048
+ECE_BINS = 15  # the customary number, Guo et al. 2017, arXiv 1706.04599
+LOOKALIKE_RATE = 0.15  # on validation the worst pairs are at 20 % and more, the next at 12 %
 ORIGIN = {"mean": 0.1307, "std": 0.3081}  # the origin normalised as for MNIST
-INT8_DEVIATIONS = 6  # above its mean, where a channel is taken to end; Nagel et al. 2019
-MAX_FILE_BYTES = 256 * 2**20  # far above any weights of ours; a larger file is not read
-MAX_PICKLE_BYTES = 32 * 2**10  # of what lists the tensors; ours has 4 KiB
-MAX_ENTRIES = 1000  # of an archive; ours has 43
-MAX_DEPTH = 4  # of dicts and lists in the figures
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-NAMED_IN_PICKLES = {  # all that a file of weights asks Python for
-    "collections OrderedDict",
-    "torch._utils _rebuild_parameter",
-    "torch._utils _rebuild_tensor_v2",
-    *(f"torch {kind}Storage" for kind in ("Double", "Float", "Half", "BFloat16", "Long")),
-}
 
 
 @dataclass(frozen=True)
@@ -155,80 +144,19 @@ def _sequence(
     return nn.Sequential(*layers)
 
 
-class Int8Net(nn.Module):
-    """A net in 8-bit integers, for CPUs with instructions for them (VNNI).
+def choose_device(name: str) -> torch.device:
+    """Return a device by torch's name for it, or for auto the GPU where there is one, or the CPU.
 
-    A picture takes 106 us on a core of a Zen 4, and 205 us in bfloat16. Takes pictures as they are
-    stored, (N, 1, 28, 28) uint8, returns logits (N, classes) float32. Weights are rounded to 255
-    levels per channel, activations to 256 from 0 to where batch norm lets expect their end, so that
-    no pictures are needed to find it. Sources: Jacob et al. 2018, arXiv 1712.05877; Nagel et al.
-    2019, arXiv 1906.04721. Raises ValueError for other nets.
+    Under torchrun each process takes its own GPU. Raises ValueError where there is no such device.
     """
-
-    def __init__(self, net: Net) -> None:
-        super().__init__()
-        if not runs_in_int8(net):
-            raise ValueError(f"net {net.arch} doesn't run in 8-bit integers here")
-        self.layers: list[Callable[[Tensor], Tensor]] = []
-        fused = net.fused()
-        example = torch.zeros(64, 1, SIZE, SIZE, dtype=torch.uint8)
-        step, zero = 1 / 255 / net.std, round(255 * net.mean)  # of 1, and the level of 0
-        for part in ("layer1", "layer2", "fc1"):
-            for i, layer in enumerate(getattr(fused, part)):
-                if isinstance(layer, nn.MaxPool2d):
-                    self.layers.append(_pool_int8)
-                elif isinstance(layer, (nn.Conv2d, nn.Linear)):
-                    norm = getattr(net, part)[i + 1]
-                    end = (norm.bias + INT8_DEVIATIONS * norm.weight.abs()).max().item()
-                    result = max(end, 1e-6) / 255
-                    self.layers.append(_int8(layer, step, zero, result, example.shape))
-                    step, zero = result, 0
-                else:
-                    continue  # ReLU is part of the layers, the others do nothing
-                example = self.layers[-1](example)
-        self.step, self.fc2 = step, fused.fc2
-
-    def forward(self, images: Tensor) -> Tensor:
-        for layer in self.layers:
-            images = layer(images)
-        return self.fc2(images.float() * self.step)
-
-
-def runs_in_int8(net: Net) -> bool:
-    """Tell whether `Int8Net` can run a net: on a CPU with VNNI, every layer with its norm."""
-    form = ARCHITECTURES[net.arch]
-    native = torch.cpu._is_vnni_supported() and torch.backends.mkldnn.is_available()
-    if not native or net.fc2.weight.device.type != "cpu" or not 0 <= net.mean <= 1:
-        return False
-    normed = (form.block, form.head) == (_BLOCK, _HEAD)
-    return normed and all(tensor.isfinite().all() for tensor in net.fused().parameters())
-
-
-def _int8(
-    layer: nn.Conv2d | nn.Linear, step: float, zero: int, result: float, shape: torch.Size
-) -> Callable[[Tensor], Tensor]:
-    """Return a layer with ReLU as a function from uint8 to uint8.
-
-    step, zero: of the input, what one level is and which level is 0; result: the step of the
-    output. shape: of the input, so that the weights are laid out for it.
-    """
-    ops, weight = torch.ops.onednn, layer.weight
-    steps = weight.abs().flatten(1).amax(1).clamp(min=1e-9) / 127  # (outputs,)
-    levels = (weight / steps.view(-1, *[1] * (weight.dim() - 1))).round().to(torch.int8)
-    scales = (steps, torch.zeros_like(steps, dtype=torch.int32), layer.bias)
-    after = (result, 0, torch.uint8, "relu", [], "")
-    if isinstance(layer, nn.Linear):
-        packed = ops.qlinear_prepack(levels, [shape[0], layer.in_features])
-        return lambda x: ops.qlinear_pointwise(x.flatten(1), step, zero, packed, *scales, *after)
-    form = (layer.stride, layer.padding, layer.dilation, layer.groups)
-    packed = ops.qconv_prepack(levels, steps, step, zero, *form, shape)
-    return lambda x: ops.qconv_pointwise(x, step, zero, packed, *scales, *form, *after)
-
-
-def _pool_int8(x: Tensor) -> Tensor:
-    """Take the maximum of each 2x2 pixels, (N, C, H, W); torch's pooling knows no uint8."""
-    rows = torch.maximum(x[:, :, ::2], x[:, :, 1::2])
-    return torch.maximum(rows[..., ::2], rows[..., 1::2])
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.device(name.replace("auto", "cpu"))
+        torch.empty(1, device=device).item()
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(str(error).partition("\n")[0]) from None
+    return device
 
 
 def mixed_precision(device: torch.device) -> torch.dtype:
@@ -240,193 +168,126 @@ def mixed_precision(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+@torch.no_grad()
+def predict(net: Net, images: Tensor, precision: torch.dtype = torch.float32) -> Tensor:
+    """Return the logits (N, classes), float32, of pictures (N, 28, 28) uint8, ink 255 on 0."""
+    net.eval()
+    with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
+        parts = [net(part.unsqueeze(1) / 255).float() for part in images.split(EVALUATION_BATCH)]
+    return torch.cat(parts)
+
+
+def measure(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Return the figures of a split: rates in per cent, NLL in nats.
+
+    digits, letters: of the pictures that are; *_known: the same when only digits, or only letters,
+    can be answered. classes: mean over the classes. ece: expected calibration error of the best
+    answers, in ECE_BINS equal bins, a fraction.
+    """
+    confidence, answer = logits.softmax(1).max(1)
+    right, digit = (answer == labels).float(), labels < DIGITS
+    possible = (torch.arange(len(ALPHABET), device=labels.device) < DIGITS) == digit[:, None]
+    known = (logits.where(possible, -math.inf).argmax(1) == labels).float()
+    rates = {
+        "accuracy": right.mean(),
+        "digits": right[digit].mean(),
+        "letters": right[~digit].mean(),
+        "classes": torch.stack([right[labels == i].mean() for i in labels.unique()]).mean(),
+        "digits_known": known[digit].mean(),
+        "letters_known": known[~digit].mean(),
+    }
+    bins = (confidence * ECE_BINS).long().clamp(max=ECE_BINS - 1)
+    gaps = torch.zeros(ECE_BINS, device=labels.device).index_add_(0, bins, confidence - right)
+    figures = {name: 100 * rate.item() for name, rate in rates.items()}
+    figures["nll"] = F.cross_entropy(logits, labels).item()
+    return {**figures, "ece": (gaps.abs().sum() / len(labels)).item()}
+
+
+def calibrate(logits: Tensor, labels: Tensor) -> float:
+    """Return the temperature that gives the least NLL: the best of a fine grid, 0.25 to 4."""
+    temperatures = torch.logspace(-2, 2, 1001, base=2).tolist()
+    return min(temperatures, key=lambda t: F.cross_entropy(logits / t, labels).item())
+
+
+def confuse(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the confusion table (36, 36), int64: row the truth, column the answer."""
+    classes = len(ALPHABET)
+    pairs = labels * classes + logits.argmax(1)
+    return pairs.bincount(minlength=classes**2).view(classes, classes).cpu()
+
+
+def find_lookalikes(confusion: Tensor) -> list[str]:
+    """Return the groups of characters that nobody can tell apart alone, such as "1IL".
+
+    Two characters are alike if their confusions, both ways, reach LOOKALIKE_RATE of the pictures
+    of the rarer one; a group is what such pairs connect.
+    """
+    counts = confusion.sum(1)
+    rates = (confusion + confusion.T) / torch.minimum(counts[:, None], counts).clamp(1)
+    groups = [{i} for i in range(len(ALPHABET))]
+    for i, j in (rates.triu(1) >= LOOKALIKE_RATE).nonzero().tolist():
+        joined = groups[i] | groups[j]
+        for member in joined:
+            groups[member] = joined
+    found = {"".join(ALPHABET[i] for i in sorted(group)) for group in groups if len(group) > 1}
+    return sorted(found)
+
+
 def write_atomically(payload: object, path: Path) -> None:
     """Save `payload` with torch.save so that `path` holds the old file or the new one, whole."""
-    path, buffer = Path(os.path.realpath(path)), io.BytesIO()  # a link stays, its target changes
-    torch.save(payload, buffer)  # torch reports a full disk as OSError or not, as it happens
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    path, buffer = Path(path).resolve(), io.BytesIO()  # a link stays, its target changes
+    part = path.with_name(path.name + ".part")
+    torch.save(payload, buffer)  # not to the file: torch reports a full disk as it happens
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(part, 0o666 & ~_umask())  # mkstemp's 0600 is not what a user expects of a file
+        part.write_bytes(buffer.getbuffer())
         os.replace(part, path)
-    except BaseException:
-        Path(part).unlink(missing_ok=True)
+    except OSError:
+        part.unlink(missing_ok=True)
         raise
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+DESCRIPTION = ("arch", "alphabet", "mean", "std", "temperature", "lookalikes", "figures")
 
 
 def save(net: Net, path: Path) -> None:
     """Write weights and all that a reader of them needs, atomically. Raises OSError."""
-    payload = {
-        "arch": net.arch,
-        "alphabet": net.alphabet,
-        "mean": float(net.mean),
-        "std": float(net.std),
-        "temperature": float(net.temperature),
-        "lookalikes": net.lookalikes,
-        "figures": net.figures,
-        "state_dict": {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()},
-    }
-    write_atomically(payload, path)
+    weights = {key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}
+    payload = {name: getattr(net, name) for name in DESCRIPTION}
+    write_atomically({**payload, "state_dict": weights}, path)
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> Net:
-    """Read our weights file, a bare state_dict, or the origin's, into a Net in eval mode.
+    """Read our weights file, or the origin's, into a Net in eval mode.
 
-    A bare state_dict names no net: the one architecture that its keys and shapes fit is taken. The
-    origin's file (keys under `_orig_mod.`, 37 outputs of which the last was never trained) is run8.
     Nothing in the file is executed (weights_only). Raises ValueError, one line, for any file that
     is not whole and ours; OSError where it can't be read.
     """
     try:
-        content = _read(Path(path))
-        state = content.get("state_dict", content)
-        _check_tensors(state)
-        if state is not content:
-            net = _described_net(content)
-        elif any(key.startswith("_orig_mod.") for key in state):
-            state = _origin_state(state)
-            net = Net("run8", **ORIGIN)
-        else:
-            net = _fitting_net(state)
-        _check_state(state, net)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    net.load_state_dict(OrderedDict(state))
+        net = _described(torch.load(path, map_location="cpu", weights_only=True))
+    except OSError:
+        raise
+    except Exception as error:  # whatever unpickling foreign bytes and filling a net may raise
+        reason = " ".join(str(error).rpartition("WeightsUnpickler error: ")[2].split())[:100]
+        what = f"no weights of ours, or damaged ({type(error).__name__}: {reason!a})"
+        raise ValueError(f"{path}: {what}: give a file that train.py wrote") from None
     return net.eval().to(device)
 
 
-def _read(path: Path) -> dict:
-    """Return the dict in a torch.save archive, having refused whatever could hurt."""
-    status = path.stat()
-    if not path.is_file():
-        kind = "a folder" if path.is_dir() else "no regular file"
-        raise ValueError(f"is {kind}, expected a weights file such as model.pt")
-    if status.st_size > MAX_FILE_BYTES:
-        raise ValueError(f"has {status.st_size:,} bytes, weights have under {MAX_FILE_BYTES:,}")
-    data = path.read_bytes()
-    if not data.startswith(b"PK\3\4"):
-        raise ValueError("not a weights file: no archive as torch.save writes it")
-    try:
-        _check_archive(data)
-        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever unzipping and unpickling foreign bytes may raise
-        text = str(error).rpartition("WeightsUnpickler error: ")[2].strip() or type(error).__name__
-        reason = text.splitlines()[0][:200].encode("unicode_escape").decode()
-        raise ValueError(f"damaged or not weights ({reason})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"holds a {type(content).__name__}, expected a dict of weights")
-    return content
+def _described(content: dict) -> Net:
+    """Build the net that the content of a weights file describes.
 
-
-def _check_archive(data: bytes) -> None:
-    """Raise unless unpacking and unpickling an archive must stay small and run nothing.
-
-    torch.load(weights_only=True) by itself lets a small file build nested tuples whose hash
-    overflows the stack, or fill the memory: it is given only what a state_dict needs.
+    The origin's (keys under `_orig_mod.`, 37 outputs of which the last was never trained) is run8.
     """
-    if data.count(b"PK\1\2") > MAX_ENTRIES:  # before zipfile makes an object of each
-        raise ValueError(f"expected an archive of at most {MAX_ENTRIES:,} entries")
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        entries = archive.infolist()
-        if sum(entry.file_size for entry in entries) > len(data):
-            raise ValueError("unpacks to more than its own size")
-        pickles = [entry for entry in entries if entry.filename.lower().endswith("data.pkl")]
-        if len(pickles) != 1 or pickles[0].file_size > MAX_PICKLE_BYTES:
-            raise ValueError(f"expected one data.pkl of at most {MAX_PICKLE_BYTES:,} bytes")
-        if damaged := archive.testzip():  # torch.load compares no checksums
-            raise ValueError(f"{damaged} is damaged")
-        pickle = archive.read(pickles[0])
-    named = {str(value) for code, value, _ in pickletools.genops(pickle) if code.name == "GLOBAL"}
-    if foreign := sorted(named - NAMED_IN_PICKLES):
-        raise ValueError(f"asks for {foreign[0].replace(' ', '.')}, which no weights need")
-
-
-def _check_tensors(state: object) -> None:
-    """Raise ValueError unless `state` is a dict of names and plain tensors."""
-    if not isinstance(state, dict):
-        raise ValueError(f"state_dict is a {type(state).__name__}, expected a dict of weights")
-    for key, tensor in state.items():
-        if not isinstance(key, str):
-            raise ValueError(f"has a {type(key).__name__} among its keys, expected names")
-        if not isinstance(tensor, Tensor) or tensor.dtype not in (*FLOATS, torch.int64):
-            found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ValueError(f"{key!r:.60}: {found}, expected a tensor of floats")
-
-
-def _described_net(content: dict) -> Net:
-    """Build the net that our own file describes, its description checked."""
-    kinds = {"arch": str, "alphabet": str, "lookalikes": list, "figures": dict}
-    kinds |= {"mean": float, "std": float, "temperature": float}
-    for key, kind in kinds.items():
-        value = content.get(key)
-        if not isinstance(value, kind):
-            raise ValueError(f"{key}: {type(value).__name__}, expected a {kind.__name__}")
-    alphabet, groups = content["alphabet"], content["lookalikes"]
-    if not alphabet or not set(alphabet) <= set(ALPHABET) or len(set(alphabet)) < len(alphabet):
-        raise ValueError(f"alphabet {alphabet!r:.60}: expected distinct characters of {ALPHABET}")
-    if not all(isinstance(g, str) and len(g) > 1 and set(g) <= set(alphabet) for g in groups):
-        raise ValueError("lookalikes: expected a list of groups of the alphabet's characters")
-    for key in ("mean", "std", "temperature"):
-        low = -100 if key == "mean" else 0.001
-        if not low <= content[key] <= 100:
-            raise ValueError(f"{key} is {content[key]}, expected {low} to 100")
-    if not _is_plain(content["figures"], MAX_DEPTH):
-        raise ValueError("figures: expected numbers and words in dicts and lists")
-    keys = ("arch", "alphabet", "mean", "std")
-    net = Net(**{key: content[key] for key in keys})
-    net.temperature, net.lookalikes = content["temperature"], groups
-    net.figures = content["figures"]
+    if any(key.startswith("_orig_mod.") for key in content):
+        net = Net("run8", **ORIGIN)
+        state = {key.removeprefix("_orig_mod."): tensor for key, tensor in content.items()}
+        state |= {key: state[key][: len(ALPHABET)] for key in ("fc2.weight", "fc2.bias")}
+    else:
+        net = Net(content["arch"], **{key: content[key] for key in ("alphabet", "mean", "std")})
+        state = content["state_dict"]
+        if not 0 < len(net.alphabet) == len(set(net.alphabet) & set(ALPHABET)):
+            raise ValueError(f"alphabet {net.alphabet}: expected distinct ones of {ALPHABET}")
+        for name in ("temperature", "lookalikes", "figures"):
+            setattr(net, name, content[name])
+    net.load_state_dict(state)
     return net
-
-
-def _is_plain(value: object, depth: int) -> bool:
-    """Tell whether a value can be shown and copied: no deeper than `depth`, and nothing odd."""
-    if isinstance(value, (dict, list)):
-        parts = [*value, *value.values()] if isinstance(value, dict) else value
-        return depth > 0 and all(_is_plain(part, depth - 1) for part in parts)
-    return value is None or isinstance(value, (str, int, float))
-
-
-def _fitting_net(state: dict) -> Net:
-    """Return the net whose parameters have the names and shapes of a bare state_dict."""
-    shapes = {k: tuple(v.shape) for k, v in state.items()}
-    for arch in ARCHITECTURES:
-        net = Net(arch)
-        if {k: tuple(v.shape) for k, v in net.state_dict().items()} == shapes:
-            return net
-    raise ValueError("keys and shapes fit none of our architectures: " + ", ".join(ARCHITECTURES))
-
-
-def _origin_state(state: dict) -> dict:
-    """Drop the compiler's prefix, and the origin's 37th output: its letters end at 35."""
-    classes = len(ALPHABET)
-    state = {key.removeprefix("_orig_mod."): tensor for key, tensor in state.items()}
-    last = {k: v[:classes] for k, v in state.items() if k.startswith("fc2.") and v.ndim}
-    return state | last
-
-
-def _check_state(state: dict, net: Net) -> None:
-    """Raise ValueError unless `state` holds the net's tensors: all, no other, right, finite."""
-    expected = net.state_dict()
-    if missing := sorted(expected.keys() - state.keys()):
-        raise ValueError(f"lacks {len(missing)} tensors of net {net.arch}: {missing[0]!r}, …")
-    if extra := sorted(state.keys() - expected.keys()):
-        raise ValueError(f"has {len(extra)} tensors that net {net.arch} lacks: {extra[0]!r:.60}, …")
-    for key, wanted in expected.items():
-        tensor = state[key]
-        if (tensor.shape, tensor.is_floating_point()) != (wanted.shape, wanted.is_floating_point()):
-            found = f"{tuple(tensor.shape)} {tensor.dtype}"
-            raise ValueError(f"{key}: {found}, expected {tuple(wanted.shape)} {wanted.dtype}")
-        if not torch.isfinite(tensor.to(wanted.dtype)).all():  # a double may be too large for ours
-            raise ValueError(f"{key}: holds NaN or infinity")
-        if key.endswith("running_var") and (tensor < 0).any():
-            raise ValueError(f"{key}: holds a negative variance")
