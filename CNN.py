@@ -262,10 +262,9 @@ def load(path: Path, device: torch.device | str = "cpu") -> Net:
     Nothing in the file is executed (weights_only). Raises ValueError, one line, for any file that
     is not whole and ours; OSError where it can't be read.
     """
+    data = io.BytesIO(Path(path).read_bytes())  # of a file cut short, torch says "invalid argument"
     try:
-        net = _described(torch.load(path, map_location="cpu", weights_only=True))
-    except OSError:
-        raise
+        net = _described(torch.load(data, map_location="cpu", weights_only=True))
     except Exception as error:  # whatever unpickling foreign bytes and filling a net may raise
         reason = " ".join(str(error).rpartition("WeightsUnpickler error: ")[2].split())[:100]
         what = f"no weights of ours, or damaged ({type(error).__name__}: {reason!a})"

@@ -35,13 +35,13 @@ from tqdm import tqdm
 import CNN
 from CNN import ALPHABET, SIZE, Net
 
+FLAG = argparse.BooleanOptionalAction
 OPTIMIZERS = {
     "adamw": partial(torch.optim.AdamW, fused=True),
     "adam": partial(torch.optim.Adam, fused=True),
     "sgd": partial(torch.optim.SGD, fused=True, momentum=0.9),
     "adagrad": torch.optim.Adagrad,
 }
-LETTER_OFFSET = 9  # EMNIST counts its letters 1-26; ours are 10-35
 VALIDATION_ONE_IN = 20  # about 5 % of train
 CHECKPOINT_SECONDS = 120
 REPORT_STEPS = 20  # between two looks at the loss and for signals, which wait for the device
@@ -73,15 +73,15 @@ class Config:
     dropout: float = setting(CNN.DROPOUT, "dropout probability")
     augment: str = setting("warp,stroke,resolution,tone", "augmentations, by comma, or none")
     ema: float = setting(0.999, "decay of the moving average of the weights; 0: none")
-    xavier: bool = setting(True, "Xavier initialisation rather than torch's own")
+    xavier: bool = setting(True, "Xavier initialisation rather than torch's own", action=FLAG)
     precision: str = setting("auto", "arithmetic", choices=["auto", "float32", "bfloat16"])
     seed: int = setting(0, "repeats a run, on the CPU bit for bit")
     data: Path = setting(Path("data"), "folder of EMNIST, downloaded there when absent")
     out: Path = setting(Path("model.pt"), "weights file to write")
     device: str = setting("auto", "cpu, cuda, cuda:1, …; auto: cuda where there is one")
-    compile: bool | None = setting(None, "compile the step; by default on a GPU only")
-    wandb: bool = setting(True, "log to Weights & Biases")
-    resume: bool = setting(False, "go on from the checkpoint beside --out, or start")
+    compile: bool | None = setting(None, "compile the step; by default on a GPU only", action=FLAG)
+    wandb: bool = setting(True, "log to Weights & Biases", action=FLAG)
+    resume: bool = setting(False, "go on from the checkpoint beside --out, or start", action=FLAG)
 
     @property
     def checkpoint(self) -> Path:
@@ -99,15 +99,14 @@ def parse(argv: list[str] | None = None) -> Config:
     form = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=form)
     for entry in fields(Config):
-        yes_or_no = entry.type in (bool, bool | None)
-        kind = {"action": argparse.BooleanOptionalAction} if yes_or_no else {"type": entry.type}
+        kind = {} if "action" in entry.metadata else {"type": entry.type}
         name = "--" + entry.name.replace("_", "-")
         parser.add_argument(name, default=entry.default, **kind, **entry.metadata)
     config = Config(**vars(parser.parse_args(argv)))
     if config.augment != "none" and not set(config.augment.split(",")) <= set(AUGMENTATIONS):
         parser.error(f"--augment {config.augment}: expected none or some of {[*AUGMENTATIONS]}")
-    if config.epochs < 1 or config.batch_size < 2:
-        parser.error("--epochs: expected 1 or more, --batch-size: 2 or more")
+    if config.epochs < 1 or config.batch_size < 2 or not config.lr > 0 <= config.weight_decay:
+        parser.error("expected --epochs of 1, --batch-size of 2 or more, --lr above 0")
     return config
 
 
@@ -135,8 +134,9 @@ def set_up(config: Config) -> Machine:
 
 
 def say(line: str) -> None:
-    """Write a line for people, above the progress bar."""
-    tqdm.write(line, file=sys.stderr)
+    """Write a line for people, above the progress bar; of all ranks, the first."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(line, file=sys.stderr)
 
 
 def fail(what: str, error: BaseException | str, remedy: str) -> NoReturn:
@@ -174,7 +174,7 @@ def read_emnist(root: Path, train: bool) -> Split:
     """Merge EMNIST's digits and letters: its pictures turned upright, its letters after 9."""
     digits, letters = (EMNIST(str(root), split=name, train=train) for name in ("digits", "letters"))
     images = torch.cat([digits.data, letters.data]).transpose(1, 2).contiguous()
-    labels = torch.cat([digits.targets, letters.targets + LETTER_OFFSET])
+    labels = torch.cat([digits.targets, letters.targets + 9])  # EMNIST's letters are 1 to 26
     return Split(images, labels)
 
 
@@ -214,9 +214,8 @@ def load_splits(config: Config, machine: Machine) -> tuple[Split, ...]:
 def batches(split: Split, step: int, config: Config, machine: Machine) -> Iterator[tuple]:
     """Yield what is left of the training at `step`: pictures (B, 1, 28, 28), labels (B,).
 
-    Every rank draws the same order and takes its share of each global batch. Random numbers are
-    seeded anew for each chunk of batches, from seed, rank and step, so that a run resumed at any
-    step goes on with the same batches; on the CPU, a batch a chunk, with the same dropout too.
+    Every rank takes its share of each global batch. Random numbers are seeded anew for each chunk
+    of batches: a resumed run goes on with the same ones and, on the CPU, with the same dropout.
     """
     per_epoch = len(split.labels) // config.batch_size
     chunk_steps = CHUNK_STEPS if machine.device.type == "cuda" else 1
@@ -402,7 +401,8 @@ class Log:
             if self.enabled:
                 action(self.run)
         except (Exception, SystemExit) as error:  # wandb raises that, too
-            say(f"warning: wandb: {error}: training goes on without its log")
+            reason = str(error).partition("\n")[0]
+            say(f"warning: wandb: {reason}: training goes on without its log")
             self.enabled = False
 
     def _open(self, config: Config, run_id: str | None) -> None:
@@ -418,8 +418,8 @@ class Log:
             mode=None if chosen else "offline",
             settings=wandb.Settings(silent=True, console="off"),
         )
-        send = f"offline; send it with: wandb sync {Path(self.run.dir).parent}"
-        say(f"wandb: logging {send if self.run.offline else f'to {self.run.url}'}")
+        sync = f"offline; send it with: wandb sync {Path(self.run.dir).parent}"
+        say(f"wandb: logging {sync if self.run.offline else self.run.url or 'nothing'}")
 
 
 def log_results(run: object, figures: dict, labels: Tensor, answers: Tensor, out: Path) -> None:
