@@ -223,18 +223,10 @@ class Classifier:
             return scaled.log_softmax(1)[:, self.classes].cpu().numpy()
 
     def estimate_digits(self, pictures: Iterable[Result]) -> float:
-        """Return the share of digits among pictures: two groups, the rest of their odds unknown.
-
-        By expectation maximisation: Saerens, Latinne and Decaestecker 2002, Neural Computation 14.
-        """
+        """Return the share of digits among pictures."""
         images = [picture.images[0] for picture in pictures if picture.images]
         p = np.exp(self.log_probabilities(images)) if images else np.ones((0, len(self.classes)))
-        digit = p[:, self.is_digit[self.classes]].sum(1) / p.sum(1)  # (N,) by the usual share
-        share = usual = self.digits
-        for _ in range(200):
-            yes, no = digit * share / usual, (1 - digit) * (1 - share) / (1 - usual)
-            share = ((yes / (yes + no)).sum() + DOUBT * usual) / (len(digit) + DOUBT)
-        return float(share)
+        return share_of_digits(p[:, self.is_digit[self.classes]].sum(1) / p.sum(1), self.digits)
 
     def expect_digits(self, share: float) -> None:
         """Take `share` for that of digits among the pictures, in place of the one in training."""
@@ -269,6 +261,19 @@ class Classifier:
             error = f"no answer: {confidence:.4f} is below --min-confidence {self.minimum:g}"
             best, others = "", ranked[: self.topk]
         return Result(picture.path, best, confidence, others, group, error, *picture[6:])
+
+
+def share_of_digits(digit: np.ndarray, usual: float) -> float:
+    """Return the share of digits among pictures, by expectation maximisation.
+
+    digit: (N,) how likely each is a digit where `usual` is their share, as it was in training.
+    Source: Saerens, Latinne and Decaestecker 2002, Neural Computation 14; two groups, not 36.
+    """
+    share = usual
+    for _ in range(200):
+        yes, no = digit * share / usual, (1 - digit) * (1 - share) / (1 - usual)
+        share = ((yes / (yes + no)).sum() + DOUBT * usual) / (len(digit) + DOUBT)
+    return float(share)
 
 
 def parse_alphabet(text: str, known: str) -> str:
@@ -368,7 +373,7 @@ DIGITS_HELP = (
 )
 
 
-def share_of_digits(text: str) -> str | float:
+def parse_digits(text: str) -> str | float:
     """Read --digits. Raises ValueError."""
     if text in ("auto", "none"):
         return text
@@ -387,7 +392,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--model", type=Path, default=model, metavar="FILE", help="weights [model.pt beside this]")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... [cuda where there is one, or cpu]")
     add("--alphabet", default="0-9A-Z", metavar="CHARS", help="what can be answered [%(default)s]")
-    add("--digits", type=share_of_digits, default="auto", metavar="SHARE", help=DIGITS_HELP)
+    add("--digits", type=parse_digits, default="auto", metavar="SHARE", help=DIGITS_HELP)
     add("--min-confidence", type=float, default=0, metavar="P", help="below: no answer")
     add("--topk", type=int, default=3, metavar="K", help="characters in csv, json [%(default)s]")
     add("--format", choices=LINES, default="ascii", help="of the results [%(default)s]")
