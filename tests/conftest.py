@@ -1,8 +1,11 @@
-"""What several tests need: where the project is, and an EMNIST of our own drawing."""
+"""What several tests need: the project's folder, an EMNIST of our own drawing, a run of train.py."""
 
 import resource
+import signal
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import strokes
@@ -12,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session")
 def root() -> Path:
-    """The folder that holds the three scripts."""
+    """The folder that holds the scripts."""
     return ROOT
 
 
@@ -28,3 +31,56 @@ def disk_for() -> Iterator[Callable[[int], None]]:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Compute in one thread: quickest for so little, and the same whatever machine it is."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Outcome(NamedTuple):
+    """How a script ended, and all that it said."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line for the user of a training that could not go on."""
+        *before, line = self.err.splitlines()
+        assert (self.status, self.out) == (1, "")
+        assert line.startswith("train.py: error: ")
+        assert "error: " not in "".join(before)
+        return line.removeprefix("train.py: error: ")
+
+
+@pytest.fixture
+def run_train(tiny_emnist: Path, tmp_path: Path, capsys, one_thread) -> Iterator[Callable]:
+    """Run train.py in this process on the tiny EMNIST, 8 steps an epoch, 24 by default."""
+    import train
+
+    plain = ["--data", tiny_emnist, "--out", tmp_path / "model.pt", "--device", "cpu", "--no-wandb"]
+    plain += ["--arch", "run1", "--batch-size", 16, "--epochs", 3, "--warmup", 5]
+
+    def run(*flags: object) -> Outcome:
+        capsys.readouterr()
+        try:
+            status, error = train.main([str(word) for word in (*plain, *flags)]), ""
+        except SystemExit as end:  # its text is what the interpreter would print
+            status, error = (1, f"{end}\n") if isinstance(end.code, str) else (end.code, "")
+        out, err = capsys.readouterr()
+        return Outcome(status, out, err + error)
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    patience = socket.getdefaulttimeout()
+    yield run
+    socket.setdefaulttimeout(patience)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
