@@ -169,7 +169,7 @@ def read_all(submit: Callable, chunks: list, ahead: int, timeout: float) -> Iter
         elif isinstance(error, ProcessExpired):
             yield Result(chunk[0], error=f"its decoder died (exit code {error.exitcode})")
         else:
-            yield Result(chunk[0], error=f"can't be read: {escaped(str(error))}")
+            yield Result(chunk[0], error=f"can't be read: {error!r}")
 
 
 def batches(pictures: Iterable[Result], size: int) -> Iterator[list[Result]]:

@@ -1,21 +1,22 @@
-"""A worker for inference.py whose decoder does to it what the name of a picture says."""
+"""Work for the processes of inference.py that does to them what the name of a picture says."""
 
 import os
 import signal
+import sys
 import time
 
 import inference
 
-WORK, LOAD = inference.work, inference.load
+PREPARE = inference.prepare
 
 
-def work(connection, thumbnails: bool) -> None:
-    """Serve as inference.work does, with the misbehaving decoder."""
-    inference.load = load
-    WORK(connection, thumbnails)
+def prepare_all(paths: list[str], side: int, thumbnails: bool) -> list[inference.Result]:
+    """Read pictures as inference.py does, with the misbehaving decoder."""
+    inference.prepare = prepare
+    return inference.prepare_all(paths, side, thumbnails)
 
 
-def load(path: str):
+def prepare(path: str, side: int) -> object:
     """Read a picture, or kill, leave, hang or bloat the process."""
     name = os.path.basename(path)
     if name.startswith("kill"):
@@ -26,23 +27,13 @@ def load(path: str):
         time.sleep(1000)
     elif name.startswith("bloat"):
         bytearray(8 * 2**30)
-    elif name.startswith("garble"):
-        os.write(3, b"nonsense")  # some descriptor of the worker's, its pipe perhaps
-        os._exit(0)
-    elif name.startswith("slow"):
-        time.sleep(0.1)
-    return LOAD(path)
+    elif name.startswith("odd"):
+        raise KeyError("new\nline")
+    elif name.startswith("torch") and "torch" in sys.modules:
+        raise ValueError("torch is imported here")
+    return PREPARE(path, side)
 
 
-def never_start(connection, thumbnails: bool) -> None:
+def never_start() -> None:
     """Die before the first picture."""
     os._exit(7)
-
-
-def lie(connection, thumbnails: bool, answer: tuple[bytes, ...]) -> None:
-    """Answer whatever is asked with the same."""
-    connection.send_bytes(b"ready")
-    connection.recv_bytes()
-    for part in answer:
-        connection.send_bytes(part)
-    time.sleep(1000)
