@@ -321,7 +321,7 @@ def json_line(result: Result) -> str:
 def report_row(result: Result) -> str:
     """Write as an element of the list in report.html; it can't end the script that it stands in."""
     images = [base64.b64encode(image).decode() for image in result.images[:1]] or [""]
-    row = [escaped(result.path), *result[1:6], *images, result.thumbnail]
+    row = [escaped(result.path), *result[1:6], *images, result.thumbnail, result.path]
     return json.dumps(row).replace("<", "\\u003c") + ",\n"
 
 
