@@ -9,31 +9,24 @@ in processes, one picture at a time.
 import os
 import stat
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-FORMATS = {  # read by Pillow's own code alone; EPS, PDF and the like, which start programs, are not
-    "PNG": (".png", ".apng"),
-    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
-    "MPO": (".mpo",),
-    "BMP": (".bmp",),
-    "DIB": (".dib",),
-    "GIF": (".gif",),
-    "TIFF": (".tif", ".tiff"),
-    "WEBP": (".webp",),
-    "AVIF": (".avif",),
-    "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
-    "PPM": (".pbm", ".pgm", ".ppm", ".pnm", ".pfm"),
-    "SGI": (".sgi", ".bw", ".rgb", ".rgba"),
-    "QOI": (".qoi",),
-    "PCX": (".pcx",),
-    "ICO": (".ico",),
-    "TGA": (".tga",),  # last: has no signature, so almost any bytes may be taken for it
-}
-SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+# Read by Pillow's own code alone; EPS, PDF and the like, which start programs, are not. TGA is the
+# last, as it has no signature: almost any bytes may be taken for it.
+FORMATS = ["PNG", "JPEG", "BMP", "DIB", "GIF", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM", "SGI"]
+FORMATS += ["QOI", "PCX", "ICO", "TGA"]
+SUFFIXES = (
+    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".bmp", ".dib", ".gif", ".tif"),
+    *(".tiff", ".webp", ".avif", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".pbm", ".pgm"),
+    *(".ppm", ".pnm", ".pfm", ".sgi", ".bw", ".rgb", ".rgba", ".qoi", ".pcx", ".ico", ".tga"),
+)
 WORKING_SIDE = 96  # px; pictures are reduced as long as their longer side is no less,
 NARROW = 4  # px, and their shorter side no less than this
 BLANK = "blank: no ink found"
@@ -42,25 +35,31 @@ SMALL = 14  # px: a shorter character, in a picture that was reduced, is read ag
 CLEAR = 40  # px: at the resolution that makes it this long
 AROUND = 1.5  # of its length: how far its surroundings are read with it
 
-LONGEST = 22 / 28  # of the result's side: longest side of a character, EMNIST's median 23.6 / 28
-STROKE = 2.7 / 22  # of the character's length: width of strokes, EMNIST's median 2.9 / 23.6
-FINE = 88  # px: length of the character while strokes are made thinner or thicker
-FORMED = (20 / 28, 26 / 28)  # of the side: the length of EMNIST's characters
-OFFSET = 0.75 / 28  # of the side: EMNIST's characters are no farther off the centre
+FORMED = (20 / 28, 26.5 / 28)  # of the side: the length of EMNIST's characters, traces included
+TRACE = 0.1  # of the contrast: the outermost trace of a character
+OFFSET = 1 / 28  # of the side: EMNIST's characters are no farther off the centre
 
-SHADED = 24  # px: a smaller picture is no photograph, its paper has no shading
+SHADED = 24  # px: a smaller picture is no photograph: nothing in it but the character, no shading
+EVEN = 0.1  # of the contrast: how far the levels of paper deviate where it is not shaded
 GRID = 40  # px: side of the grid on which the paper is estimated
-WINDOW = 0.3  # of the picture's side: strokes are narrower than this, shadows wider
-EVEN = 0.1  # of the contrast: how far 8 of 10 pixels of even paper are apart at most
-VEIL = 0.3  # of full ink: what shadows may leave after the shading is taken away
+WINDOW = 13  # px of it: strokes are narrower than this, shadows wider
+CLOSE = 0.3  # of the two votes of area and border: less between them, and either may be ink
 FAINTEST = 8  # grey levels of 256 between paper and ink, at least
-SIGNAL = 4  # deviations above its level that ink reaches at least
-NOISE = 2  # deviations above its level that paper reaches
-NEIGHBOURS = 0.2  # correlation of neighbouring pixels: below it, a small picture is but noise
-CLOSE = 0.5  # of the two votes of area and border, how many may be between dark and light ink
+SIGNAL = 5  # deviations of paper between paper and ink, where nothing else says that it is ink:
+NEIGHBOURS = 0.2  # correlation of neighbouring pixels, above it in all that is not noise
+INK = 0.45  # of the way from paper to ink, by their means: where ink begins
 
 SPECK = 0.02  # of the area of the largest part: what is smaller is dirt; an i's dot is some 0.05
 RIM = 0.12  # of the picture's side: where frames, rules and neighbours lie
+LONG = 0.4  # of the side: what lies along the border and is longer belongs to no character
+FAINTER = 0.8  # of the character's level: rules and box edges are fainter
+
+FINE = 64  # px: the character's length while its strokes are made thinner or thicker
+MARGIN = 9  # px around it
+SHARP = 1.0  # how much is added of what is finer than
+BLURRED = 11  # px
+STROKE = 2.3 / 22  # of its length: width of strokes; EMNIST's median
+LONGEST = 22 / 28  # of the result's side: its longest side; EMNIST's median 23.6 / 28
 
 
 def prepare(path: str, side: int) -> np.ndarray:
@@ -76,12 +75,7 @@ def prepare(path: str, side: int) -> np.ndarray:
             grey = to_grey(read(path))
         except Exception as error:  # Pillow raises nearly everything for broken files
             raise ValueError(_reason(error)) from None
-        inks = _find_inks(grey)
-        box = cv2.boundingRect(inks[0])
-        if max(box[2:]) < SMALL and max(grey.shape) >= WORKING_SIDE:
-            with suppress(Exception):  # the first look has to do
-                inks = _find_inks(_look_closer(path, grey.shape, box))
-    return np.stack([_form(ink, side) for ink in inks])
+        return fit(grey, side, lambda box: _look_closer(path, grey.shape, box))
 
 
 def _reason(error: Exception) -> str:
@@ -104,7 +98,7 @@ def read(path: str, side: int = WORKING_SIDE) -> Image.Image:
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError("not a regular file")
-    with Image.open(path, formats=tuple(FORMATS)) as picture:
+    with Image.open(path, formats=FORMATS) as picture:
         factor = _factor(picture, side)
         picture.draft(None, (picture.width // factor, picture.height // factor))  # of a JPEG
         picture.load()
@@ -194,178 +188,212 @@ def _on_paper(picture: Image.Image) -> Image.Image:
     return Image.alpha_composite(ground, picture).convert("RGB")
 
 
-def fit(grey: np.ndarray, side: int) -> np.ndarray:
+def fit(grey: np.ndarray, side: int, look_closer: Callable | None = None) -> np.ndarray:
     """Fit a grey picture of a character to the form of EMNIST's: (1 or 2, side, side) uint8.
 
     grey: (H, W) uint8, ink darker or lighter than the paper. Ink becomes 255 on 0, centred by its
     bounding box. Where it is in doubt which is ink, the likelier comes first, then the other.
+    look_closer: returns a better picture of the box of a character that is small in a reduced one.
     Raises ValueError(BLANK) if there is no ink.
     """
-    return np.stack([_form(ink, side) for ink in _find_inks(grey)])
+    formed = _as_formed(grey, side)
+    if formed is not None:
+        return formed[None]
+    found = _find(grey)
+    if look_closer and max(found[0].box[2:]) < SMALL and max(grey.shape) >= WORKING_SIDE:
+        with suppress(Exception):  # the first look has to do
+            found = _find(look_closer(found[0].box))
+    return np.stack([_form(character, side) for character in found])
 
 
-def _find_inks(grey: np.ndarray) -> list[np.ndarray]:
-    """Return ink, (H, W) uint8, 255 full, 0 paper, by each polarity that it may have."""
-    threshold, light = cv2.threshold(grey, 0, 1, cv2.THRESH_BINARY | cv2.THRESH_OTSU)
-    border = np.concatenate([light[0], light[-1], light[:, 0], light[:, -1]])
-    vote = light.mean() + border.mean() - 1  # paper is most of the area and of the border
-    polarities = [vote > 0] if abs(vote) > CLOSE else [vote > 0, vote <= 0]
-    inks = [_find_ink(255 - grey if dark else grey) for dark in polarities]
-    inks = [ink for ink in inks if ink is not None]
-    if not inks:
+def _as_formed(grey: np.ndarray, side: int) -> np.ndarray | None:
+    """Return a picture of EMNIST's own, be it enlarged or negative, as it was; None for others.
+
+    It is a square of a multiple of `side`, of one level along its border, and holds the character
+    as those do.
+    """
+    rows, columns = grey.shape
+    border = _border(grey)
+    low, high = int(border.min()), int(border.max())
+    if rows != columns or rows % side or high - low > FAINTEST:
+        return None
+    ink = cv2.absdiff(grey, np.full_like(grey, (low + high) // 2))
+    threshold = max(TRACE * cv2.minMaxLoc(ink)[1], FAINTEST)
+    mask = _above(ink, threshold)
+    if rows > side:  # others are drawn larger, too, with specks
+        mask = _keep_character(mask, ink, 0)
+    x, y, width, height = np.array(cv2.boundingRect(mask)) / rows
+    centred = max(abs(x + width / 2 - 0.5), abs(y + height / 2 - 0.5)) <= OFFSET
+    if not centred or not FORMED[0] <= max(width, height) <= FORMED[1]:
+        return None
+    ink = cv2.resize(ink, (side, side), interpolation=cv2.INTER_AREA)
+    return cv2.normalize(ink, None, 0, 255, cv2.NORM_MINMAX)
+
+
+class Character(NamedTuple):
+    """A character found in a picture."""
+
+    light: np.ndarray  # (H, W) uint8, ink lighter than paper, and nothing beside the character
+    paper: float  # level of the paper
+    threshold: float  # level above which is ink
+    box: tuple[int, ...]  # left, top, width, height
+
+
+def _find(grey: np.ndarray) -> list[Character]:
+    """Return the character, or two where it may be darker or lighter than the paper."""
+    _, contrast, *deviations = _split(grey)
+    shaded = min(grey.shape) >= SHADED and min(deviations) > EVEN * contrast
+    if shaded:
+        grey = _without_trend(grey)
+    mask = cv2.threshold(grey, 0, 1, cv2.THRESH_BINARY | cv2.THRESH_OTSU)[1]
+    share, border = mask.mean(), _border(mask).mean()
+    if min(grey.shape) >= SHADED:  # the border may be a frame
+        inset = round(RIM / 2 * min(grey.shape))
+        inner = _border(mask[inset:-inset, inset:-inset]).mean()
+        border = min(border, inner) if share < 0.5 else max(border, inner)
+    vote = share + border - 1  # paper is most of the area and of the border
+    likelier = 255 - grey if vote > 0 else grey
+    lights = [likelier] if abs(vote) > CLOSE else [likelier, 255 - likelier]
+    found = [_find_light(_without_shadows(light) if shaded else light) for light in lights]
+    if not any(found):
         raise ValueError(BLANK)
-    return inks
+    return [character for character in found if character]
 
 
-def _find_ink(height: np.ndarray) -> np.ndarray | None:
-    """Tell ink from paper in (H, W) uint8, ink lighter: 0 to 255, None where there is none."""
-    veil = 0.0
-    counts = np.bincount(height.ravel(), minlength=256)
-    threshold = _otsu(counts)
-    sums = counts.cumsum()
-    if min(height.shape) >= SHADED:
-        ends = np.searchsorted(
-            sums[: threshold + 1], (0.1 * sums[threshold], 0.9 * sums[threshold])
-        )
-        contrast = np.searchsorted(sums, 0.99 * sums[-1]) - np.searchsorted(sums, 0.01 * sums[-1])
-        if ends[1] - ends[0] > EVEN * contrast:
-            height, veil = _flatten(height), VEIL
-            counts = np.bincount(height.ravel(), minlength=256)
-            threshold = _otsu(counts)
-            sums = counts.cumsum()
-    paper, third = np.searchsorted(sums, (sums[threshold] / 2, sums[-1] / 3))
-    above = counts[threshold + 1 :]
-    levels = np.arange(threshold + 1, 256)
-    number = above.sum()
-    if not number:
+def _border(grey: np.ndarray) -> np.ndarray:
+    return np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
+
+
+def _above(grey: np.ndarray, threshold: float) -> np.ndarray:
+    """Return uint8, 1 where a picture is above a threshold."""
+    return cv2.threshold(grey, threshold, 1, cv2.THRESH_BINARY)[1]
+
+
+def _split(grey: np.ndarray) -> tuple[float, float, float, float]:
+    """Tell dark from light (Otsu 1979): mean of the dark, how far the light's is above it, and
+    both standard deviations.
+    """
+    light = cv2.threshold(grey, 0, 1, cv2.THRESH_BINARY | cv2.THRESH_OTSU)[1]
+    high, high_deviation = cv2.meanStdDev(grey, mask=light)
+    low, low_deviation = cv2.meanStdDev(grey, mask=1 - light)
+    return low.item(), high.item() - low.item(), low_deviation.item(), high_deviation.item()
+
+
+def _without_trend(grey: np.ndarray) -> np.ndarray:
+    """Take away the quadratic surface that comes nearest to a picture."""
+    small = cv2.resize(grey, (GRID, GRID), interpolation=cv2.INTER_AREA).astype(np.float32)
+    surfaces = _surfaces()
+    trend = (surfaces @ (surfaces.T @ small.ravel())).reshape(small.shape)
+    return np.clip(grey - cv2.resize(trend, grey.shape[::-1]) + 128, 0, 255).astype(np.uint8)
+
+
+@cache
+def _surfaces() -> np.ndarray:
+    """Return an orthonormal basis (GRID * GRID, 6) of the quadratic surfaces."""
+    y, x = np.mgrid[-1 : 1 : GRID * 1j, -1 : 1 : GRID * 1j].reshape(2, -1)
+    return np.linalg.qr(np.stack([x**0, x, y, x * y, x * x, y * y], 1))[0].astype(np.float32)
+
+
+def _without_shadows(light: np.ndarray) -> np.ndarray:
+    """Take away the paper: what is left when all that is light and narrow is cut off."""
+    small = cv2.resize(light, (GRID, GRID), interpolation=cv2.INTER_AREA)
+    window = np.ones((WINDOW, WINDOW), np.uint8)
+    paper = cv2.morphologyEx(small, cv2.MORPH_OPEN, window)
+    return cv2.subtract(light, cv2.add(cv2.resize(paper, light.shape[::-1]), 3))
+
+
+def _find_light(light: np.ndarray) -> Character | None:
+    """Find a character lighter than the paper, (H, W) uint8."""
+    paper, contrast, deviation, _ = _split(light)
+    if contrast < FAINTEST or light.min() == light.max():
         return None
-    core = above * (levels >= (above * levels).sum() / number)
-    core = core.cumsum()
-    high = levels[np.searchsorted(core, 0.75 * core[-1])]
-    clear = (
-        sums[min(paper + 4, 255)]
-        - sums[max(paper - 5, 0)]
-        + sums[min(high + 4, 255)]
-        - sums[max(high - 5, 0)]
-        > 0.9 * sums[-1]
-    )
-    if high - paper <= FAINTEST:
+    small = min(light.shape) < SHADED
+    if _likeness(light) < NEIGHBOURS and (contrast < SIGNAL * deviation or not small):
         return None
-    if not clear and high - third <= SIGNAL * _noise(counts, third):
-        return None
-    low = paper + max(NOISE * _noise(counts, paper), veil * (high - paper))
-    low = min(low, (paper + high) / 2)
-    threshold = max(threshold, low)
-    ink = cv2.convertScaleAbs(cv2.subtract(height, low), alpha=255 / max(high - low, 1))
-    if not clear and min(height.shape) < SHADED and _likeness(height) < NEIGHBOURS:
-        return None
-    return _keep_character(ink, cv2.threshold(height, threshold, 1, cv2.THRESH_BINARY)[1])
-
-
-def _otsu(counts: np.ndarray) -> int:
-    """Return the level above which lies the upper of two classes (Otsu 1979)."""
-    number = counts.cumsum().astype(np.float64)
-    mass = (counts * np.arange(256)).cumsum()
-    expected = number * (mass[-1] / number[-1])
-    return int(((expected - mass) ** 2 / np.maximum(number * (number[-1] - number), 1)).argmax())
-
-
-def _noise(counts: np.ndarray, level: int) -> float:
-    """Return how far the values below a level deviate from it; ink has no part in that."""
-    below = counts[: level + 1]
-    return float(np.sqrt((below * np.arange(level, -1, -1) ** 2).sum() / max(below.sum(), 1)))
+    threshold = paper + INK * contrast
+    parts = _keep_character(_above(light, threshold), light, paper)
+    reach = 3 if small else 5  # px: edges of strokes are kept with them
+    around = cv2.dilate(parts, np.ones((reach, reach), np.uint8))
+    light = np.where(around, light, np.uint8(paper))
+    return Character(light, paper, threshold, cv2.boundingRect(parts))
 
 
 def _likeness(grey: np.ndarray) -> float:
     """Return the correlation of pixels with the next ones across and down."""
-    values = grey.astype(np.float32)
-    steps = np.concatenate([np.diff(values, axis=axis).ravel() for axis in (0, 1)])
-    return 1 - float((steps * steps).mean() / (2 * values.var() + 1e-6)) if len(steps) else 0.0
+    pairs = (grey[1:], grey[:-1]), (grey[:, 1:], grey[:, :-1])
+    steps = sum(cv2.norm(*pair, cv2.NORM_L2SQR) for pair in pairs)
+    number = sum(pair[0].size for pair in pairs)
+    return 1 - steps / number / (2 * grey.var() + 1e-6)
 
 
-def _flatten(height: np.ndarray) -> np.ndarray:
-    """Take the shading of the paper away: what is left when all that is narrow is filled."""
-    rows, columns = height.shape
-    grid = (min(columns, GRID), min(rows, GRID))
-    small = cv2.resize(height, grid, interpolation=cv2.INTER_AREA)
-    window = np.ones([round(WINDOW * n) | 1 for n in small.shape], np.uint8)
-    paper = cv2.morphologyEx(small, cv2.MORPH_OPEN, window, borderType=cv2.BORDER_REPLICATE)
-    paper = cv2.resize(paper, (columns, rows), interpolation=cv2.INTER_LINEAR)
-    return cv2.normalize(cv2.subtract(height, paper), None, 0, 255, cv2.NORM_MINMAX)
+def _keep_character(mask: np.ndarray, light: np.ndarray, paper: float) -> np.ndarray:
+    """Return of a mask of ink only those parts that are of the character.
 
-
-def _keep_character(ink: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Leave only the parts of ink that are of the character, and what lies close around them."""
-    rows, columns = mask.shape
+    The others are specks; in pictures of some size also what lies along the border (frames, the
+    table beside the card), what comes in from it while the character is clear of it, and rules and
+    box edges, fainter than the character.
+    """
+    if cv2.connectedComponents(mask)[0] < 3:
+        return mask
     count, labels, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
+    stats[0] = 0  # the paper
     x, y, width, height, area = stats.T
-    keep = np.ones(count, bool)
-    keep[0] = False
-    if count > 2:
-        main_area = area[1:].max()
-        if min(rows, columns) >= SHADED:
-            rim_y, rim_x = round(RIM * rows), round(RIM * columns)
-            inner = labels[rim_y : rows - rim_y, rim_x : columns - rim_x]
-            inside = np.bincount(inner.ravel(), minlength=count)
-            touches = (x <= 1) | (y <= 1) | (x + width >= columns - 1) | (y + height >= rows - 1)
-            long = (height > 0.4 * rows) | (width > 0.4 * columns)
-            along = long & (inside < 0.05 * area)
-            inside[0] = 0
-            main = int((inside * ~along).argmax())
-            if inside[main]:
-                main_area = area[main]
-                keep &= ~along
-                if not touches[main]:
-                    small = (inside < 0.5 * area) | (area < 0.2 * main_area)
-                    keep &= ~(touches & small)
-        keep &= area >= SPECK * main_area
-    kept = keep.astype(np.uint8)[labels]
-    reach = 2 if min(rows, columns) >= SHADED else 1
-    return ink * cv2.dilate(kept, np.ones((2 * reach + 1, 2 * reach + 1), np.uint8))
+    rows, columns = mask.shape
+    if min(rows, columns) < SHADED:
+        keep = area >= SPECK * area.max()
+        return keep.astype(np.uint8)[labels]
+    rim_y, rim_x = round(RIM * rows), round(RIM * columns)
+    inner = labels[rim_y : rows - rim_y, rim_x : columns - rim_x]
+    inside = np.bincount(inner.ravel(), minlength=count) * (area > 0)
+    margin = np.min([x, y, columns - x - width, rows - y - height], axis=0)
+    length = np.maximum(width / columns, height / rows)
+    along = (length > LONG) & (inside < 0.05 * area)
+    main = (inside * ~along).argmax()
+    keep = (area >= SPECK * area[main]) & ~along
+    if margin[main] > 1:
+        minor = (inside < 0.5 * area) | (area < 0.2 * area[main])
+        keep &= (margin > 1) | ~minor
+    peaks = np.zeros(count)
+    for part in np.flatnonzero(keep):
+        box = np.s_[y[part] : y[part] + height[part], x[part] : x[part] + width[part]]
+        peaks[part] = light[box][labels[box] == part].max() - paper
+    most = peaks[area >= 0.2 * area[keep].max()].max()
+    size = np.maximum(width, height)
+    foreign = (margin <= 1) | (size > 0.25 * size[main])
+    keep &= (peaks >= FAINTER * most) | ~foreign
+    return keep.astype(np.uint8)[labels]
 
 
-def _form(ink: np.ndarray, side: int) -> np.ndarray:
-    """Scale, centre and even out ink (H, W): (side, side) uint8."""
-    rows, columns = ink.shape
-    x, y, width, height = cv2.boundingRect(ink)
-    if rows == columns and rows % side == 0:
-        offset = max(abs(2 * x + width - columns), abs(2 * y + height - rows)) / 2
-        long = max(width, height) / rows
-        if FORMED[0] < long < FORMED[1] and offset <= OFFSET * rows + 0.5:
-            small = cv2.resize(ink, (side, side), interpolation=cv2.INTER_AREA)
-            return cv2.normalize(small, None, 0, 255, cv2.NORM_MINMAX)
-    scale = FINE / max(width, height)
-    pad = 12
-    crop = ink[y : y + height, x : x + width]
-    crop = cv2.copyMakeBorder(crop, 2, 2, 2, 2, cv2.BORDER_CONSTANT, value=0)
-    large = cv2.resize(
-        crop,
-        None,
-        fx=scale,
-        fy=scale,
-        interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC,
-    )
-    large = cv2.copyMakeBorder(large, pad, pad, pad, pad, cv2.BORDER_CONSTANT, value=0)
-    mask = cv2.threshold(large, 100, 1, cv2.THRESH_BINARY)[1]
-    inner = cv2.distanceTransform(mask, cv2.DIST_L2, 3)
-    outer = cv2.distanceTransform(1 - mask, cv2.DIST_L2, 3)
-    distance = inner - outer  # px inside the outline
-    outline = np.count_nonzero((inner > 0) & (inner < 1.5))
-    stroke = 2 * np.count_nonzero(mask) / max(outline, 1)
-    change = np.clip((STROKE * FINE - stroke) / 2, -FINE / 8, pad - 2)
-    solid = (np.clip(distance + change + 0.5, 0, 1) * 255).astype(np.uint8)
-    x, y, width, height = cv2.boundingRect(cv2.threshold(solid, 127, 255, cv2.THRESH_BINARY)[1])
-    if not width:
-        solid = large
-        x, y, width, height = cv2.boundingRect(mask)
-    scale = LONGEST * side / max(width, height)
-    small = cv2.resize(
-        solid[y : y + height, x : x + width],
-        (max(1, round(width * scale)), max(1, round(height * scale))),
-        interpolation=cv2.INTER_AREA,
-    )
-    out = np.zeros((side, side), np.uint8)
-    top, left = (side - small.shape[0]) // 2, (side - small.shape[1]) // 2
-    out[top : top + small.shape[0], left : left + small.shape[1]] = small
-    out = cv2.GaussianBlur(out, (3, 3), 0.5)
-    return cv2.normalize(out, None, 0, 255, cv2.NORM_MINMAX)
+def _form(character: Character, side: int) -> np.ndarray:
+    """Scale, centre, and bring to the width of EMNIST's strokes: (side, side) uint8."""
+    light, paper, threshold, box = character
+    large = _resample(light, box, FINE, FINE + 2 * MARGIN, paper)
+    blurred = cv2.blur(cv2.blur(large, (BLURRED, BLURRED)), (BLURRED, BLURRED))
+    large = cv2.addWeighted(large, 1 + SHARP, blurred, -SHARP, 0)
+    mask = _above(large, min(threshold, (paper + large.max()) / 2))
+    inside = cv2.distanceTransform(mask, cv2.DIST_L2, 3)
+    outside = cv2.distanceTransform(1 - mask, cv2.DIST_L2, 3)
+    stroke = 4 * (cv2.mean(inside, mask)[0] - 0.5)
+    change = (STROKE * FINE - stroke) / 2
+    change = min(max(change, 1 - inside.max()), MARGIN - 2)
+    ink = np.clip(inside - outside + (change + 0.5), 0, 1)
+    box = cv2.boundingRect(_above(ink, 0.5).astype(np.uint8))
+    ink = _resample(ink, box, LONGEST * side, side, 0)
+    return cv2.normalize(ink, None, 0, 255, cv2.NORM_MINMAX, cv2.CV_8U)
+
+
+def _resample(
+    image: np.ndarray, box: tuple[int, ...], length: float, side: int, paper: float
+) -> np.ndarray:
+    """Return (side, side) with what is in a box at its centre, `length` px long."""
+    x, y, width, height = box
+    step = max(width, height) / length
+    reach = round(step)
+    if reach > 1:  # average what warpAffine would pass over
+        edges = (reach, reach, reach, reach, cv2.BORDER_CONSTANT, None, paper)
+        image = cv2.blur(cv2.copyMakeBorder(image, *edges), (reach, reach))
+        x, y = x + reach, y + reach
+    start = np.array([x + width / 2, y + height / 2]) - 0.5 - step * (side / 2 - 0.5)
+    matrix = np.array([[step, 0, start[0]], [0, step, start[1]]])
+    flags = cv2.WARP_INVERSE_MAP | (cv2.INTER_CUBIC if step < 0.5 else cv2.INTER_LINEAR)
+    return cv2.warpAffine(image, matrix, (side, side), flags=flags, borderValue=paper)

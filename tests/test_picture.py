@@ -1,0 +1,424 @@
+"""Any picture file to EMNIST's form, whatever pen, paper, light, size and mode.
+
+Every picture here is drawn by this file or strokes.py. Two fits are compared by `overlap`: shared
+ink over ink.
+"""
+
+import os
+import warnings
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import strokes
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw, ImageFilter
+
+import CNN
+import picture
+from picture import BLANK, fit, prepare, to_grey
+
+SIZE = 28
+FIVE = [[(70, 10), (30, 12), (27, 45)], [(27, 45), (60, 42), (75, 62), (62, 86), (25, 88)]]
+SLIM = [[(50, 30), (50, 90)]]  # an i, but for its dot
+DOT = (46, 4, 54, 12)
+
+
+def draw(lines=FIVE, *, side=100, width=7.0, margin=0.2, dot=None) -> np.ndarray:
+    """Draw lines given in a box of 100 units, dark on white, `side` px and a margin around it."""
+    scale, times = side / 100, 4  # drawn larger, then reduced, for smooth edges
+    edge = round(side * margin)
+    whole = side + 2 * edge
+    picture = Image.new("L", (whole * times, whole * times), 255)
+    pen = ImageDraw.Draw(picture)
+    for line in lines:
+        points = [((x * scale + edge) * times, (y * scale + edge) * times) for x, y in line]
+        pen.line(points, 0, max(1, round(width * scale * times)), joint="curve")
+    if dot:
+        pen.ellipse([(v * scale + edge) * times for v in dot], 0)
+    return np.asarray(picture.reduce(times))
+
+
+def fit_one(grey: np.ndarray) -> np.ndarray:
+    """Return the fit, the vote's where there are two."""
+    images = fit(grey, SIZE)
+    assert images.shape[0] in (1, 2)
+    assert images.shape[1:] == (SIZE, SIZE)
+    assert images.dtype == np.uint8
+    assert (images.max((1, 2)) == 255).all()
+    return images[0]
+
+
+def overlap(one: np.ndarray, other: np.ndarray) -> float:
+    a, b = one > 100, other > 100
+    return (a & b).sum() / (a | b).sum()
+
+
+def photographed(picture: np.ndarray, seed: int, noise: float = 4) -> np.ndarray:
+    """Put the drawing on paper under uneven light, seen with some blur and noise."""
+    random = np.random.default_rng(seed)
+    height, width = picture.shape
+    y, x = np.mgrid[0:height, 0:width] / height
+    light = 1 - 0.25 * x - 0.3 * y * y
+    ink = np.asarray(Image.fromarray(255 - picture).filter(ImageFilter.GaussianBlur(0.7))) / 255
+    seen = 220 * light * (1 - 0.5 * ink) + random.normal(0, noise, picture.shape)
+    return seen.clip(0, 255).astype(np.uint8)
+
+
+def emnist_like(lines, width=12) -> np.ndarray:
+    """Make a picture as EMNIST's were: binary 128 px, blurred by 1, cropped, padded, to 28 px."""
+    ink = Image.fromarray(255 - draw(lines, side=100, width=width, margin=0.2))
+    ink = ink.point(lambda v: 255 * (v > 127)).filter(ImageFilter.GaussianBlur(1))
+    left, top, right, bottom = ink.getbbox()
+    side = round(max(right - left, bottom - top) * 28 / 24.5)
+    square = Image.new("L", (side, side))
+    square.paste(ink.crop(ink.getbbox()), ((side - right + left) // 2, (side - bottom + top) // 2))
+    small = np.asarray(square.resize((SIZE, SIZE), Image.Resampling.BICUBIC), float)
+    return (small * 255 / small.max()).astype(np.uint8)
+
+
+@pytest.mark.parametrize("side", [12, 20, 40, 100, 250])
+def test_the_polarity_makes_no_difference(side):
+    picture = draw(side=side)
+    np.testing.assert_array_equal(fit_one(picture), fit_one(255 - picture))
+
+
+def test_the_character_is_centred_and_as_long_as_emnists():
+    for grey in (
+        draw(),
+        draw(margin=1.0),
+        draw(side=30),
+        np.pad(draw(), ((0, 90), (40, 0)), "edge"),
+    ):
+        image = fit_one(grey)
+        rows, columns = (np.flatnonzero((image > 64).any(axis)) for axis in (1, 0))
+        assert 22 <= rows[-1] - rows[0] + 1 <= 24
+        assert abs(rows[0] + rows[-1] - 27) <= 1
+        assert abs(columns[0] + columns[-1] - 27) <= 1
+
+
+@pytest.mark.parametrize("side", [24, 40, 85, 200])
+@pytest.mark.parametrize("seed", range(3))
+def test_shading_and_noise_leave_the_character(side, seed):
+    plain = fit_one(draw(side=side, width=10))
+    assert overlap(fit_one(photographed(draw(side=side, width=10), seed)), plain) > 0.75
+
+
+def test_light_ink_on_shaded_dark_paper_is_found():
+    light = 255 - photographed(draw(), 0)
+    assert overlap(fit_one(light), fit_one(draw())) > 0.75
+
+
+def test_a_cast_shadow_is_not_ink():
+    picture = photographed(draw(side=150, margin=0.4), 1).astype(float)
+    y, x = np.mgrid[: len(picture), : len(picture)]
+    depth = (x + 0.3 * y - 0.8 * len(picture)) / 10  # a penumbra of some 20 px
+    shadow = (picture * (1 - 0.4 / (1 + np.exp(-depth)))).astype(np.uint8)
+    assert overlap(fit_one(shadow), fit_one(draw(side=150))) > 0.7
+
+
+def test_specks_are_not_ink():
+    picture = draw().copy()
+    plain = fit_one(picture)
+    for y, x in ((3, 5), (120, 130), (8, 100), (130, 4)):
+        picture[y : y + 2, x : x + 2] = 0
+    assert overlap(fit_one(picture), plain) > 0.95
+
+
+@pytest.mark.parametrize("noise", [0, 3])
+@pytest.mark.parametrize("kind", ["line below", "line at the side", "two lines", "frame", "table"])
+def test_what_lies_along_the_border_is_not_ink(kind, noise):
+    picture = draw(side=60).copy()
+    plain = fit_one(picture)
+    if kind in ("line below", "two lines"):
+        picture[-4:-2] = 40
+    if kind == "two lines":
+        picture[1:3] = 40
+    if kind == "line at the side":
+        picture[:, :2] = 40
+    if kind == "frame":
+        picture[:2] = picture[-2:] = picture[:, :2] = picture[:, -2:] = 40
+    if kind == "table":
+        picture[:6] = 40
+    picture = photographed(picture, 2, noise) if noise else picture
+    assert overlap(fit_one(picture), plain) > 0.75
+
+
+def test_a_neighbours_stroke_is_not_ink():
+    picture = draw(side=60).copy()
+    plain = fit_one(picture)
+    picture[30:60, :4] = 0
+    assert overlap(fit_one(picture), plain) > 0.95
+
+
+@pytest.mark.parametrize(("side", "width", "margin"), [(100, 6, 0.2), (40, 6, 0.0), (300, 2, 0.1)])
+@pytest.mark.parametrize("photo", [False, True])
+def test_the_dot_of_an_i_stays(side, width, margin, photo):
+    radius = max(width, 4) * 0.7
+    dot = (50 - radius, 12 - radius, 50 + radius, 12 + radius)
+    picture = draw(SLIM, side=side, width=width, margin=margin, dot=dot)
+    image = fit_one(photographed(picture, 3) if photo and margin else picture)
+    inked = (image > 100).any(1)
+    starts = np.flatnonzero(np.diff(inked.astype(int), prepend=0) == 1)
+    assert len(starts) == 2, "dot and stem, with a gap between them"
+    assert starts[0] < 5
+
+
+def test_strokes_come_to_one_width():
+    fitted = [fit_one(draw(side=200, width=width)) for width in (2, 4, 8, 12, 16)]
+    for image in fitted:
+        assert overlap(image, fitted[2]) > 0.6
+
+
+@pytest.mark.parametrize(
+    ("side", "least"), [(8, 0.5), (10, 0.55), (14, 0.65), (16, 0.7), (20, 0.75)]
+)
+def test_tiny_pictures_keep_what_their_greys_say(side, least):
+    whole = draw(side=320, margin=0, width=12)
+    tiny = np.asarray(Image.fromarray(whole).resize((side, side), Image.Resampling.BOX))
+    assert overlap(fit_one(tiny), fit_one(whole)) > least
+
+
+@given(
+    st.integers(0, 2**32 - 1),
+    st.integers(8, 150),
+    st.integers(8, 150),
+    st.sampled_from(["uniform", "grain", "faint", "shaded"]),
+)
+@settings(max_examples=60, deadline=None)
+def test_noise_alone_is_not_ink(seed, height, width, kind):
+    random = np.random.default_rng(seed)
+    picture = np.full((height, width), 200.0)
+    if kind == "uniform":
+        picture = random.integers(0, 256, (height, width)).astype(float)
+    if kind == "grain":
+        picture += random.normal(0, 20, picture.shape)
+    if kind == "faint":
+        picture += random.normal(0, 1, picture.shape)
+    if kind == "shaded":
+        picture = picture * np.linspace(1, 0.6, width) if width >= 24 <= height else picture
+        picture += random.normal(0, 3, picture.shape)
+    with pytest.raises(ValueError, match=BLANK):
+        fit(picture.clip(0, 255).astype(np.uint8), SIZE)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (40, 1), (8, 8), (28, 28), (100, 300)])
+@pytest.mark.parametrize("level", [0, 7, 128, 255])
+def test_one_colour_is_not_ink(shape, level):
+    with pytest.raises(ValueError, match=BLANK):
+        fit(np.full(shape, level, np.uint8), SIZE)
+
+
+def test_colours_of_equal_lightness_keep_their_contrast():
+    mask = draw() < 128
+    colours = np.where(mask[..., None], (220, 60, 60), (0, 172, 60)).astype(np.uint8)
+    picture = Image.fromarray(colours)
+    light = np.asarray(picture.convert("L"))
+    assert int(light.max()) - int(light.min()) < 3, "as grey there is nothing to see"
+    assert overlap(fit_one(to_grey(picture)), fit_one(draw())) > 0.85
+
+
+def test_grey_in_colour_is_grey():
+    picture = Image.fromarray(draw())
+    np.testing.assert_array_equal(to_grey(picture.convert("RGB")), draw())
+
+
+@pytest.mark.parametrize("ink", [(0, 0, 0), (255, 255, 255), (200, 30, 30), (250, 240, 60)])
+def test_what_is_transparent_is_paper(ink):
+    alpha = Image.fromarray(255 - draw())
+    picture = Image.new("RGBA", alpha.size, ink)  # the same colour under the transparent part
+    picture.putalpha(alpha)
+    assert overlap(fit_one(to_grey(picture)), fit_one(draw())) > 0.9
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_paper_with_a_transparent_border_goes_on(flip):
+    card = Image.fromarray(255 - draw() if flip else draw()).convert("RGBA")
+    picture = Image.new("RGBA", (card.width + 40, card.height + 40), (0, 0, 0, 0))
+    picture.paste(card, (20, 20))
+    assert overlap(fit_one(to_grey(picture)), fit_one(draw())) > 0.9
+
+
+@pytest.mark.parametrize(("mode", "scale"), [("I", 200), ("F", 1e-3), ("F", 1e6)])
+def test_deep_pictures_are_read_over_their_own_range(mode, scale):
+    values = draw().astype(np.float32) * scale
+    picture = Image.fromarray(values.astype(np.int32) if mode == "I" else values)
+    assert picture.mode == mode
+    assert overlap(fit_one(to_grey(picture)), fit_one(draw())) > 0.95
+
+
+@pytest.mark.parametrize("lines", [FIVE, [[(20, 20), (80, 20)], [(50, 20), (50, 90)]]])
+@pytest.mark.parametrize("width", [7, 12, 28])
+@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize("how", [Image.Resampling.NEAREST, Image.Resampling.BICUBIC])
+def test_emnists_own_pictures_come_back_as_they_were(lines, width, times, how):
+    picture = emnist_like(lines, width)
+    larger = Image.fromarray(picture).resize((SIZE * times, SIZE * times), how)
+    for seen in (np.asarray(larger), 255 - np.asarray(larger)):
+        difference = fit_one(seen).astype(int) - picture
+        assert np.abs(difference).mean() < 4
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (1, 60), (60, 1), (2, 2), (3, 300), (12, 13), (512, 512)]
+)
+def test_any_shape_is_fitted_without_a_warning(shape):
+    random = np.random.default_rng(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for values in (random.integers(0, 256, shape), 255 * (random.random(shape) < 0.2)):
+            with suppress(ValueError):  # blank
+                assert (fit(values.astype(np.uint8), SIZE).max((1, 2)) == 255).all()
+
+
+def read_all(net: CNN.Net, fits: list[np.ndarray]) -> str:
+    """Return the answers to fits, of two the likelier, as inference.py gives them."""
+    answers = ""
+    for images in fits:
+        batch = torch.from_numpy(images).unsqueeze(1) / 255
+        with torch.no_grad():
+            p = net(batch).log_softmax(1)
+        answers += CNN.ALPHABET[int(p[p.amax(1).argmax()].argmax())]
+    return answers
+
+
+MERGED = str.maketrans("OIL", "011")
+
+
+def share_right(answers: str, truth: str) -> float:
+    pairs = zip(answers.translate(MERGED), truth.translate(MERGED), strict=True)
+    return np.mean([a == b for a, b in pairs])
+
+
+@pytest.fixture(scope="module")
+def net() -> CNN.Net:
+    return CNN.load(Path(picture.__file__).with_name("model.pt"))
+
+
+def crop(character: str, hand: int, longest: int, thick: bool, blurred: bool) -> np.ndarray:
+    """Draw a character that touches the edges of its picture, ink 255 on 0."""
+    writer = strokes.hand(hand)
+    ink = Image.fromarray((255 * strokes.ink(character, writer, (200, 200))).astype(np.uint8))
+    if thick:
+        ink = ink.filter(ImageFilter.MaxFilter(9))
+    ink = ink.crop(ink.point(lambda level: 255 * (level > 100)).getbbox())
+    if blurred:
+        ink = ink.filter(ImageFilter.GaussianBlur(max(ink.size) / longest))
+    size = [max(2, round(side * longest / max(ink.size))) for side in ink.size]
+    return np.asarray(ink.resize(size, Image.Resampling.BOX))
+
+
+@pytest.mark.parametrize("negative", [False, True])
+def test_thumbnails_cropped_tight_are_read(net, negative):
+    truth, fits = "", []
+    for i, character in enumerate(strokes.ALPHABET * 3):
+        side, look = (12, 14, 16, 20, 23)[i % 5], i % 3
+        grey = crop(character, i, side, thick=look > 0, blurred=look > 1)
+        truth += character
+        fits.append(fit(grey if negative else 255 - grey, SIZE))
+    assert share_right(read_all(net, fits), truth) >= 0.8
+
+
+def test_a_ring_that_touches_all_edges_is_not_blank():
+    for rows, columns in ((16, 16), (20, 16), (16, 11)):
+        y, x = (np.linspace(-1, 1, n) for n in (rows, columns))
+        radius = np.hypot(y[:, None], x)
+        for ring in (radius < 1.05) & (radius > 0.6), (radius < 1.05) & (radius > 0.8):
+            for grey in (ring, ~ring):
+                images = fit(np.uint8(255) * grey, SIZE)
+                assert max(image[14, 14] < 60 < image[14].max() for image in images)
+
+
+def test_rules_and_box_edges_are_left_out(net):
+    truth, fits = "", []
+    for i, character in enumerate(strokes.ALPHABET * 2):
+        random, side = np.random.default_rng(i), 120
+        ink = np.zeros((side, side))
+        ink[25:95, 25:95] = strokes.ink(character, strokes.hand(i), (70, 70))
+        faint = random.uniform(1 / 3, 2 / 3)
+        for place in random.choice(4, random.integers(1, 3), replace=False):
+            at, rule = random.integers(6, 12), np.zeros((side, side))
+            rule[at : at + 3, int(random.integers(0, 30)) :] = faint
+            ink = np.maximum(ink, np.rot90(rule, place))
+        grey = 215 - 150 * ink + random.normal(0, 3, ink.shape)
+        truth += character
+        fits.append(fit(grey.clip(0, 255).astype(np.uint8), SIZE))
+    assert share_right(read_all(net, fits), truth) >= 0.95
+
+
+def test_a_character_small_in_a_large_photograph_is_read(net, tmp_path):
+    truth = "2345789ACEHKMNRTUWXY"
+    fits = []
+    for i, character in enumerate(truth):
+        page = np.zeros((600, 800))
+        ink = strokes.ink(character, strokes.hand(i), (40, 40))
+        page[300:340, 500:540] = ink
+        path = str(tmp_path / f"{character}.jpg")
+        strokes.photograph(page, np.random.default_rng(i)).resize((1600, 1200)).save(path)
+        fits.append(prepare(path, SIZE))
+    assert share_right(read_all(net, fits), truth) >= 0.9
+
+
+SAVED = {  # mode and format of files
+    "L": (".png", ".bmp", ".tif", ".pgm"),
+    "1": (".png", ".tif", ".pbm"),
+    "P": (".png", ".gif"),
+    "RGB": (".jpg", ".webp", ".ppm", ".jp2", ".qoi"),
+    "RGBA": (".png", ".webp", ".tga"),
+    "LA": (".png",),
+    "CMYK": (".jpg", ".tif"),
+    "I;16": (".png", ".tif"),
+    "F": (".tif",),
+}
+
+
+@pytest.mark.parametrize("mode", SAVED)
+def test_every_mode_and_format_gives_the_same_character(mode, tmp_path):
+    grey = draw(side=80)
+    plain = fit_one(grey)
+    for suffix in SAVED[mode]:
+        image = Image.fromarray(grey)
+        if mode == "I;16":
+            image = Image.fromarray(grey.astype(np.uint16) * 257)
+        else:
+            image = image.convert("RGB").convert(mode) if mode == "CMYK" else image.convert(mode)
+        path = tmp_path / f"a{suffix}"
+        image.save(path)
+        assert overlap(prepare(str(path), SIZE)[0], plain) > 0.85, suffix
+
+
+def test_orientation_flags_are_obeyed_and_the_first_frame_counts(tmp_path):
+    upright = Image.fromarray(draw(side=80))
+    for flag, turn in ((3, Image.ROTATE_180), (6, Image.ROTATE_90), (8, Image.ROTATE_270)):
+        exif = Image.Exif()
+        exif[0x112] = flag
+        path = tmp_path / "turned.jpg"
+        upright.transpose(turn).save(path, exif=exif)
+        assert overlap(prepare(str(path), SIZE)[0], fit_one(draw(side=80))) > 0.85
+    frames = [upright.rotate(90 * i, fillcolor=255) for i in range(3)]
+    frames[0].save(tmp_path / "many.gif", save_all=True, append_images=frames[1:])
+    assert overlap(prepare(str(tmp_path / "many.gif"), SIZE)[0], fit_one(draw(side=80))) > 0.85
+
+
+def test_what_cannot_be_read_is_one_line(tmp_path, monkeypatch):
+    def error(name: str) -> str:
+        with pytest.raises(ValueError, match=r"\w") as raised:
+            prepare(str(tmp_path / name), SIZE)
+        assert len(str(raised.value).splitlines()) == 1
+        return str(raised.value)
+
+    (tmp_path / "text.png").write_text("no picture")
+    assert error("text.png") == "not a picture in a format that is read here"
+    Image.fromarray(draw()).save(tmp_path / "whole.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:200])
+    assert error("half.png").startswith("can't be read: ")
+    assert error("missing.png") == "can't be read: No such file or directory"
+    os.mkfifo(tmp_path / "pipe.png")
+    assert "not a regular file" in error("pipe.png")
+    Image.new("L", (50, 50), 200).save(tmp_path / "blank.png")
+    assert error("blank.png") == BLANK
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert error("whole.png") == "too large: over 100 pixels"
