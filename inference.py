@@ -69,13 +69,6 @@ class Result(NamedTuple):
     images: tuple[bytes, ...] = ()  # SIZE * SIZE bytes each; two where ink may be dark or light
     thumbnail: str = ""  # data URI, where a report is asked for
 
-    @property
-    def kind(self) -> str:
-        """Return what the closing line counts this under."""
-        if self.character:
-            return "answered"
-        return "doubtful" if self.alternatives else "blank" if self.error == BLANK else "unreadable"
-
 
 def list_pictures(inputs: Iterable[str]) -> tuple[list[str], list[OSError], Counter[str]]:
     """Return the paths of all pictures, errors of folders, and how many of what is passed over.
@@ -326,7 +319,6 @@ def report_row(result: Result) -> str:
 
 
 FIELDS = Result._fields[:6]
-HEADS = {"ascii": "", "csv": ",".join(FIELDS) + "\n", "json": ""}
 LINES = {"ascii": ascii_line, "csv": csv_line, "json": json_line}
 
 
@@ -347,7 +339,7 @@ def write(results: Iterable[list[Result]], args: argparse.Namespace, total: int)
     """Write results as they come, with --format ascii errors to stderr; count their kinds."""
     counts: Counter[str] = Counter()
     with ExitStack() as stack:
-        head = HEADS[args.format] if args.rank == 0 else ""
+        head = ",".join(FIELDS) + "\n" if args.format == "csv" and args.rank == 0 else ""
         writers = [(stack.enter_context(written(args.output, head)), LINES[args.format])]
         if args.report:
             top, end, rest = PAGE.read_text("utf-8").partition("null]")
@@ -360,8 +352,10 @@ def write(results: Iterable[list[Result]], args: argparse.Namespace, total: int)
                 stream.write("".join(map(line, answered)))
                 stream.flush()
             for result in answered:
-                counts[result.kind] += 1
-                if args.format == "ascii" and result.kind in ("blank", "unreadable"):
+                lost = "blank" if result.error == BLANK else "unreadable"
+                doubtful = "doubtful" if result.confidence else lost
+                counts["answered" if result.character else doubtful] += 1
+                if args.format == "ascii" and not result.confidence:
                     tqdm.write(f"{escaped(result.path)}: {result.error}", file=sys.stderr)
             bar.update(len(answered))
     return counts

@@ -182,7 +182,7 @@ def test_a_picture_that_kills_or_stalls_its_decoder_is_the_only_one_lost(
         "leave.png": "its decoder died (exit code 3)",
         "hang.png": "takes more than 2 s to decode",
         "bloat.png": "can't be read: MemoryError()",
-        "odd.png": r"can't be read: KeyError('new\\nline')",
+        "odd.png": r"can't be read: KeyError('new\nline')",
     }
 
 

@@ -1,13 +1,12 @@
 """Time inference.py against the naive loop, against decoding alone, and over very many files.
 
-    python3 tests/benchmarks/inference_speed.py                     # small photos startup
-    python3 tests/benchmarks/inference_speed.py many                # 200,000 files
+    python3 tests/benchmarks/inference_speed.py small photos startup many
 
 The pictures are drawn by tests/strokes.py. Baseline: the origin's way, one picture at a time,
 opened, resized, classified by its net (run8, float32) and printed, on as many threads as torch
 likes. Limit: Pillow's decoding alone in as many processes as there are cores. Ours: the whole
-command, less the time it takes for one picture. The three are timed in turn, --rounds times; a
-ratio is the median of the rounds'.
+command, less the time it takes for one picture. The three are timed in turn, ROUNDS times; a
+ratio is the median of the rounds'. SCRIPT in the environment: another inference.py.
 """
 
 import argparse
@@ -22,6 +21,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,35 +31,31 @@ import strokes  # noqa: E402
 
 import CNN  # noqa: E402
 
-CORES = len(os.sched_getaffinity(0))
-DISTINCT = {"small": 360, "photos": 36}  # drawings; the files are copies of them
+SCRIPT = os.environ.get("SCRIPT", ROOT / "inference.py")
+COUNTS = {"small": 20_000, "photos": 5_000, "many": 200_000}  # pictures
+DISTINCT = 360  # drawings at most; the files are copies of them
+ROUNDS = 3
 
 
 def draw(folder: Path, kind: str, count: int) -> list[Path]:
     """Write `count` pictures: PNGs of 28x28 as EMNIST's, or JPEGs of 800x600 as a phone's."""
     folder.mkdir(parents=True)
-    files, drawn = [], []
-    for i in range(min(count, DISTINCT[kind])):
-        character, writer = CNN.ALPHABET[i % len(CNN.ALPHABET)], strokes.hand(i)
-        path = folder / f"{i:06d}{character}.{'png' if kind == 'small' else 'jpg'}"
-        if kind == "small":
-            Image.fromarray(strokes.emnist_picture(character, writer, form=i)).save(path)
+    suffix = "png" if kind == "small" else "jpg"
+    files = [folder / f"{i:06d}{CNN.ALPHABET[i % 36]}.{suffix}" for i in range(count)]
+    for i, file in enumerate(files):
+        character, writer = file.stem[-1], strokes.hand(i)
+        if i >= DISTINCT:
+            file.write_bytes(files[i % DISTINCT].read_bytes())
+        elif kind == "small":
+            Image.fromarray(strokes.emnist_picture(character, writer, form=i)).save(file)
         else:
             ink = strokes.ink(character, writer, (800, 600))
-            strokes.photograph(ink, np.random.default_rng(i)).save(path, quality=85)
-        drawn.append(path.read_bytes())
-        files.append(path)
-    for i in range(len(files), count):
-        path = folder / f"{i:06d}{files[i % len(drawn)].name[6:]}"
-        path.write_bytes(drawn[i % len(drawn)])
-        files.append(path)
+            strokes.photograph(ink, np.random.default_rng(i)).save(file, quality=85)
     return files
 
 
 def baseline(files: list[Path]) -> None:
     """Classify as the origin does: a Python loop, one picture at a time."""
-    import torch
-
     net = CNN.Net("run8", **CNN.ORIGIN).eval()
     with open(os.devnull, "w") as out, torch.no_grad():
         for path in files:
@@ -69,24 +65,14 @@ def baseline(files: list[Path]) -> None:
             print(f"{ord(CNN.ALPHABET[answer]):03d}, {path}", file=out)
 
 
-def decode(path: Path) -> int:
-    with Image.open(path) as picture:
-        picture.load()
-    return 0
+def decode(path: Path) -> None:
+    Image.open(path).load()
 
 
 def limit(files: list[Path]) -> None:
     """Decode, and nothing else, in all cores."""
-    with get_context("fork").Pool(CORES) as pool:
-        for _ in pool.imap_unordered(decode, files, chunksize=64):
-            pass
-
-
-def ours(*paths: Path) -> None:
-    command = [sys.executable, str(ROOT / "inference.py"), "--input", *map(str, paths)]
-    subprocess.run(
-        command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT
-    )
+    with get_context("fork").Pool() as pool:
+        pool.map(decode, files, chunksize=64)
 
 
 def seconds(work: Callable, *arguments: object) -> float:
@@ -95,101 +81,81 @@ def seconds(work: Callable, *arguments: object) -> float:
     return time.perf_counter() - start
 
 
-def compare(kind: str, count: int, rounds: int) -> dict:
-    """Print pictures/s of baseline, limit and ours, and how many times the baseline ours are."""
+def ours(path: Path) -> None:
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run([sys.executable, SCRIPT, "--input", path], check=True, **quiet)
+
+
+def compare(kind: str, count: int) -> dict:
+    """Return pictures/s of baseline, limit and ours, and how many times the baseline ours are."""
+    rates: dict[str, list[float]] = {"baseline": [], "limit": [], "ours": []}
     with tempfile.TemporaryDirectory() as top:
         files = draw(Path(top) / kind, kind, count)
         part = files[: max(1, count // 10)]  # enough to time the slow loop
         baseline(files[:20])
-        rates: dict[str, list[float]] = {"baseline": [], "limit": [], "ours": []}
-        for _ in range(rounds):
+        for _ in range(ROUNDS):
             rates["baseline"].append(len(part) / seconds(baseline, part))
             rates["limit"].append(count / seconds(limit, files))
             alone = seconds(ours, files[0])
             rates["ours"].append(count / (seconds(ours, Path(top) / kind) - alone))
-    middle = {name: statistics.median(values) for name, values in rates.items()}
-    ratios = [o / b for o, b in zip(rates["ours"], rates["baseline"], strict=True)]
-    middle["ratio"] = statistics.median(ratios)
-    print(
-        f"{kind:<8}{count:>8,}{middle['baseline']:>12,.0f}{middle['limit']:>12,.0f}"
-        f"{middle['ours']:>12,.0f}{middle['ratio']:>8.1f}x",
-        flush=True,
-    )
-    return {"pictures": count, **{name: round(value, 2) for name, value in middle.items()}}
+    rates["ratio"] = [o / b for o, b in zip(rates["ours"], rates["baseline"], strict=True)]
+    middle = {name: round(statistics.median(values), 2) for name, values in rates.items()}
+    return {"pictures": count, **middle}
 
 
-def startup(rounds: int) -> dict:
-    """Print the time to classify one picture as a multiple of `import torch`."""
-    bare = [sys.executable, "-c", "import torch"]
-    ratios = []
-    for _ in range(max(rounds, 5)):
-        first = seconds(subprocess.run, bare)
-        ratios.append(seconds(ours, next((ROOT / "tests/samples").iterdir())) / first)
-    print(
-        f"one picture: {statistics.median(ratios):.2f} x import torch ({first:.2f} s)", flush=True
-    )
-    return {"ratio": round(statistics.median(ratios), 3), "import_torch": round(first, 2)}
+def startup() -> dict:
+    """Return the time to classify one picture as a multiple of `import torch`."""
+    bare, one = [sys.executable, "-c", "import torch"], next((ROOT / "tests/samples").iterdir())
+    times = [(seconds(subprocess.run, bare), seconds(ours, one)) for _ in range(2 * ROUNDS + 1)]
+    ratio = statistics.median(first / bare for bare, first in times)
+    return {"ratio": round(ratio, 3), "import_torch": round(min(times)[0], 2)}
 
 
 def memory(pid: int) -> float:
     """Return the resident memory of a process and its descendants, MB (proportional shares)."""
-    total = 0.0
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        total += sum(memory(int(child)) for child in task.read_text().split())
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            total += int(line.split()[1]) / 1e3
-    return total
+    children = [file.read_text() for file in Path(f"/proc/{pid}/task").glob("*/children")]
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text().split()
+    own = int(rollup[rollup.index("Pss:") + 1]) / 1e3
+    return own + sum(memory(int(child)) for child in " ".join(children).split())
 
 
-def many(count: int) -> list[dict]:
-    """Run over hard links to a few hundred files; print memory and rate along the way."""
+def many(count: int) -> dict:
+    """Run over hard links to a few hundred files; return memory and rate along the way."""
+    found: dict[str, list] = {"done": [], "seconds": [], "rate": [], "MB": []}
     with tempfile.TemporaryDirectory() as top:
-        files = draw(Path(top) / "drawn", "small", DISTINCT["small"])
+        files = draw(Path(top) / "drawn", "small", DISTINCT)
         for i in range(count):
             folder = Path(top) / "links" / f"{i // 10_000:03d}"
-            if i % 10_000 == 0:
-                folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
             os.link(files[i % len(files)], folder / f"{i:07d}.png")
-        command = [sys.executable, str(ROOT / "inference.py"), "--input", str(Path(top) / "links")]
-        start = time.perf_counter()
-        run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT)
-        print(f"{'done':>12}{'seconds':>10}{'pictures/s':>12}{'MB':>8}")
-        marks = {1, *(count * part // 100 for part in (10, 50, 99))}
-        last, at, rows = 0, start, []
+        command = [sys.executable, SCRIPT, "--input", Path(top) / "links"]
+        start, last, before = time.perf_counter(), 0.0, 0
+        run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         for done, _ in enumerate(run.stdout, 1):
-            if done in marks:
-                now = time.perf_counter()
-                rate = (done - last) / (now - at)
-                print(f"{done:>12,}{now - start:>10.1f}{rate:>12,.0f}{memory(run.pid):>8,.0f}")
-                row = {"done": done, "seconds": now - start, "rate": rate, "MB": memory(run.pid)}
-                rows.append({name: round(value, 1) for name, value in row.items()})
-                last, at = done, now
+            if done in (1, count // 10, count // 2, count * 99 // 100):
+                now = time.perf_counter() - start
+                row = (done, round(now, 1), round((done - before) / (now - last)), memory(run.pid))
+                for values, value in zip(found.values(), row, strict=True):
+                    values.append(value)
+                last, before = now, done
         if run.wait() or done != count:
             sys.exit(f"{done:,} lines for {count:,} pictures, exit status {run.returncode}")
-    return rows
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="*", help="of small, photos, startup, many")
-    parser.add_argument("--small", type=int, default=20_000, help="PNGs of 28x28")
-    parser.add_argument("--photos", type=int, default=5_000, help="JPEGs of 800x600")
-    parser.add_argument("--many", type=int, default=200_000, help="hard links")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--keep", action="store_true", help="write bench-inference.json")
-    args = parser.parse_args()
-    what = args.what or ["small", "photos", "startup"]
-    print(f"{CORES} cores, Python {sys.version.split()[0]}, Pillow {Image.__version__}")
-    if {"small", "photos"} & set(what):
-        print(f"{'':<8}{'pictures':>8}{'baseline/s':>12}{'limit/s':>12}{'ours/s':>12}{'':>9}")
-    work = {
-        "small": lambda: compare("small", args.small, args.rounds),
-        "photos": lambda: compare("photos", args.photos, args.rounds),
-        "startup": lambda: startup(args.rounds),
-        "many": lambda: many(args.many),
-    }
-    results = {name: work[name]() for name in work if name in what}
+    parser.add_argument("what", nargs="+", help="of small, photos, startup, many")
+    parser.add_argument("--part", type=float, default=1, help="of the pictures")
+    parser.add_argument("--keep", action="store_true", help="as the record bench-inference")
+    args, results = parser.parse_args(), {}
+    for name in args.what:
+        count = round(args.part * COUNTS.get(name, 0))
+        if name == "startup":
+            results[name] = startup()
+        else:
+            results[name] = many(count) if name == "many" else compare(name, count)
+        print(name, results[name], flush=True)
     if args.keep:
         import study
 
