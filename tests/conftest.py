@@ -1,5 +1,6 @@
-"""What several tests need: the project's folder, an EMNIST of our own drawing, a run of train.py."""
+"""What several tests need: the project's folder, a tiny EMNIST, a run of train.py."""
 
+import os
 import resource
 import signal
 import socket
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import pytest
 import strokes
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # quickest for so little, several at a time
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -33,17 +35,6 @@ def disk_for() -> Iterator[Callable[[int], None]]:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Compute in one thread: quickest for so little, and the same whatever machine it is."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Outcome(NamedTuple):
     """How a script ended, and all that it said."""
 
@@ -62,7 +53,7 @@ class Outcome(NamedTuple):
 
 
 @pytest.fixture
-def run_train(tiny_emnist: Path, tmp_path: Path, capsys, one_thread) -> Iterator[Callable]:
+def run_train(tiny_emnist: Path, tmp_path: Path, capsys) -> Iterator[Callable]:
     """Run train.py in this process on the tiny EMNIST, 8 steps an epoch, 24 by default."""
     import train
 
@@ -79,8 +70,7 @@ def run_train(tiny_emnist: Path, tmp_path: Path, capsys, one_thread) -> Iterator
         return Outcome(status, out, err + error)
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    patience = socket.getdefaulttimeout()
     yield run
-    socket.setdefaulttimeout(patience)
+    socket.setdefaulttimeout(None)
     for number, handler in handlers.items():
         signal.signal(number, handler)
