@@ -250,7 +250,8 @@ def seeds() -> dict[str, bytes]:
                 variant.save(file, name)
             except (OSError, KeyError, ValueError):  # a mode that the format hasn't
                 continue
-            found[f"{mode}.{name.lower()}"] = file.getvalue()
+            suffix = {"JPEG": "jpg", "TIFF": "tif"}.get(name, name.lower())
+            found[f"{mode}.{suffix}"] = file.getvalue()
     for compression in ("tiff_lzw", "tiff_adobe_deflate", "jpeg", "packbits", "lzma", "zstd"):
         file = io.BytesIO()
         colour.save(file, "TIFF", compression=compression)

@@ -125,7 +125,7 @@ for (const key of ["j", "j", "k", "a"]) press(key)
 choose("answer", "value", "blank"), choose("answer", "value", ""), choose("alike", "checked", true)
 choose("alike", "checked", false), choose("doubt", "value", 0.1), choose("order", "value", 0)
 choose("doubt", "value", 1)
-for (const key of ["j", "c", "x", "j", "c", "Escape", "j", "c", "7"]) press(key)
+for (const key of ["Escape", "c", "x", "j", "c", "Escape", "j", "c", "7"]) press(key)
 let table = null
 URL.createObjectURL = blob => (table = blob, "#saved")
 get("save").click()
