@@ -25,6 +25,7 @@ SIZE = 28  # px, side of the square pictures the net reads
 MEAN, STD = 0.1736, 0.3317  # of EMNIST's pixels in [0, 1], digits and letters together
 DROPOUT = 0.28  # the origin's
 DIGITS = 10  # the first classes
+EMNIST_DIGITS = 240_000 / 364_800  # their share of its pictures
 EVALUATION_BATCH = 2048
 ECE_BINS = 15  # the customary number, Guo et al. 2017, arXiv 1706.04599
 LOOKALIKE_RATE = 0.15  # on validation the worst pairs are at 20 % and more, the next at 12 %
@@ -48,6 +49,7 @@ _HEAD = "linear norm relu drop"
 ARCHITECTURES = {
     "default": Architecture(_BLOCK, _HEAD, (48, 96), kernel=3, padding=1, hidden=384),
     "large": Architecture(_BLOCK, _HEAD, (64, 128), kernel=3, padding=1, hidden=1536),
+    "small": Architecture(_BLOCK, _HEAD, (32, 64), kernel=3, padding=1, hidden=384),
     "run1": Architecture("conv relu norm drop pool", ""),
     "run7": Architecture("conv relu conv relu norm pool drop", "linear norm relu drop"),
     "run8": Architecture(
@@ -62,8 +64,9 @@ class Net(nn.Module):
     arch: a name in ARCHITECTURES. xavier: Glorot & Bengio's uniform initialisation (2010) of every
     convolution and linear layer; otherwise torch's own. What the weights file knows beside weights
     hangs on the net: `temperature` (logits are divided by it to get calibrated probabilities),
-    `lookalikes` (groups of characters that nobody can tell apart alone), `figures` (what it
-    reached). The names layer1, layer2, fc1, fc2 are the origin's, so that its weights fit.
+    `digits` (their share of the pictures it was trained on), `lookalikes` (groups of characters
+    that nobody can tell apart alone), `figures` (what it reached). The names layer1, layer2, fc1,
+    fc2 are the origin's, so that its weights fit.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class Net(nn.Module):
             raise ValueError(f"no architecture {arch!r}: expected one of {list(ARCHITECTURES)}")
         self.arch, self.alphabet, self.mean, self.std = arch, alphabet, mean, std
         self.temperature, self.lookalikes, self.figures = 1.0, [], {}
+        self.digits = EMNIST_DIGITS
 
         form = ARCHITECTURES[arch]
         first, second = form.channels
@@ -246,7 +250,10 @@ def write_atomically(payload: object, path: Path) -> None:
         raise
 
 
-DESCRIPTION = ("arch", "alphabet", "mean", "std", "temperature", "lookalikes", "figures")
+DESCRIPTION = (
+    *("arch", "alphabet", "mean", "std"),
+    *("temperature", "digits", "lookalikes", "figures"),
+)
 
 
 def save(net: Net, path: Path) -> None:
@@ -288,5 +295,6 @@ def _described(content: dict) -> Net:
             raise ValueError(f"alphabet {net.alphabet}: expected distinct ones of {ALPHABET}")
         for name in ("temperature", "lookalikes", "figures"):
             setattr(net, name, content[name])
+        net.digits = content.get("digits", EMNIST_DIGITS)  # files before 2026-11-24 have none
     net.load_state_dict(state)
     return net

@@ -48,6 +48,8 @@ CHUNK = 64  # pictures that a process is given at a time
 AHEAD = 8  # chunks under way for each process, so that none waits
 WORKER_BYTES = 3 * 2**30  # of address space; a picture just under Pillow's bomb limit takes a third
 BLOCK = 64  # images: a batch is filled up to whole blocks, as kernels differ by batch size
+SAMPLE = 1000  # pictures by which the share of digits is estimated, at most
+DOUBT = 3.6  # pictures that the share of digits in training weighs in the estimate
 LEAN = 0.7  # nats by which the less likely polarity of ink must be surer of its answer
 THUMBNAIL = 96  # px, longer side
 UNPRINTABLE = re.compile(  # backslash, control characters and bytes that are not UTF-8
@@ -191,6 +193,9 @@ class Classifier:
         self.characters = parse_alphabet(args.alphabet, net.alphabet)
         self.classes = [net.alphabet.index(character) for character in self.characters]
         self.temperature, self.lookalikes, self.side = net.temperature, net.lookalikes, CNN.SIZE
+        self.is_digit = np.array([character.isdigit() for character in net.alphabet])
+        self.digits, self.prior = net.digits, torch.zeros(len(net.alphabet), device=self.device)
+        self.mixed = len({*self.is_digit[self.classes]}) == 2  # digits and letters
         self.topk, self.minimum = args.topk, args.min_confidence
         on_cpu = self.device.type == "cpu"
         self.dtype = CNN.mixed_precision(self.device) if on_cpu else torch.float32
@@ -207,7 +212,19 @@ class Classifier:
         with torch.inference_mode():
             batch = torch.from_numpy(pixels).view(-1, 1, self.side, self.side)
             logits = self.net(batch.to(self.device, self.dtype) / 255)[: len(images)]
-            return (logits / self.temperature).log_softmax(1)[:, self.classes].cpu().numpy()
+            scaled = logits / self.temperature + self.prior
+            return scaled.log_softmax(1)[:, self.classes].cpu().numpy()
+
+    def estimate_digits(self, pictures: Iterable[Result]) -> float:
+        """Return the share of digits among pictures."""
+        images = [picture.images[0] for picture in pictures if picture.images]
+        p = np.exp(self.log_probabilities(images)) if images else np.ones((0, len(self.classes)))
+        return share_of_digits(p[:, self.is_digit[self.classes]].sum(1) / p.sum(1), self.digits)
+
+    def expect_digits(self, share: float) -> None:
+        """Take `share` for that of digits among the pictures, in place of the one in training."""
+        change = np.where(self.is_digit, share / self.digits, (1 - share) / (1 - self.digits))
+        self.prior += self.prior.new_tensor(np.log(change.clip(1e-9)))
 
     def answer(self, pictures: list[Result]) -> list[Result]:
         """Classify pictures; of one with two images, the image that says more."""
@@ -237,6 +254,19 @@ class Classifier:
             error = f"no answer: {confidence:.4f} is below --min-confidence {self.minimum:g}"
             best, others = "", ranked[: self.topk]
         return Result(picture.path, best, confidence, others, group, error, *picture[6:])
+
+
+def share_of_digits(digit: np.ndarray, usual: float) -> float:
+    """Return the share of digits among pictures, by expectation maximisation.
+
+    digit: (N,) how likely each is a digit where `usual` is their share, as it was in training.
+    Source: Saerens, Latinne and Decaestecker 2002, Neural Computation 14; two groups, not 36.
+    """
+    share = usual
+    for _ in range(200):
+        yes, no = digit * share / usual, (1 - digit) * (1 - share) / (1 - usual)
+        share = ((yes / (yes + no)).sum() + DOUBT * usual) / (len(digit) + DOUBT)
+    return float(share)
 
 
 def parse_alphabet(text: str, known: str) -> str:
@@ -284,7 +314,7 @@ def json_line(result: Result) -> str:
 def report_row(result: Result) -> str:
     """Write as an element of the list in report.html; it can't end the script that it stands in."""
     images = [base64.b64encode(image).decode() for image in result.images[:1]] or [""]
-    row = [escaped(result.path), *result[1:6], *images, result.thumbnail]
+    row = [escaped(result.path), *result[1:6], *images, result.thumbnail, result.path]
     return json.dumps(row).replace("<", "\\u003c") + ",\n"
 
 
@@ -331,6 +361,21 @@ def write(results: Iterable[list[Result]], args: argparse.Namespace, total: int)
     return counts
 
 
+DIGITS_HELP = (
+    "share of digits among all pictures, 0 to 1; auto: estimated from the pictures, so that an "
+    "answer depends on those beside it; none: as in training, each judged alone [%(default)s]"
+)
+
+
+def parse_digits(text: str) -> str | float:
+    """Read --digits. Raises ValueError."""
+    if text in ("auto", "none"):
+        return text
+    if not 0 <= float(text) <= 1:
+        raise ValueError
+    return float(text)
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line; exits with 2 and a message where it is wrong."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -341,6 +386,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--model", type=Path, default=model, metavar="FILE", help="weights [model.pt beside this]")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... [cuda where there is one, or cpu]")
     add("--alphabet", default="0-9A-Z", metavar="CHARS", help="what can be answered [%(default)s]")
+    add("--digits", type=parse_digits, default="auto", metavar="SHARE", help=DIGITS_HELP)
     add("--min-confidence", type=float, default=0, metavar="P", help="below: no answer")
     add("--topk", type=int, default=3, metavar="K", help="characters in csv, json [%(default)s]")
     add("--format", choices=LINES, default="ascii", help="of the results [%(default)s]")
@@ -387,10 +433,9 @@ def run(args: argparse.Namespace) -> int:
     """Classify everything in args.input; return the exit code, 0 or 1. Raises ValueError."""
     check_files(args)
     paths, errors, passed_over = list_pictures(args.input)
-    paths, errors = paths[args.rank :: args.ranks], errors[args.rank :: args.ranks]
+    own, errors = range(args.rank, len(paths), args.ranks), errors[args.rank :: args.ranks]
     failed = [Result(e.filename, error=f"folder can't be listed: {e.strerror}") for e in errors]
-    chunks = [paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)]
-    workers = max(1, min(args.workers, len(chunks)))
+    workers = max(1, min(args.workers, -(-len(own) // CHUNK)))
     pool = start_pool(workers)
     try:
         classifier = Classifier(args)
@@ -401,18 +446,33 @@ def run(args: argparse.Namespace) -> int:
             work = (chunk, classifier.side, bool(args.report))
             return pool.schedule(prepare_all, work, timeout=args.timeout)
 
-        pictures = read_all(submit, chunks, AHEAD * workers, args.timeout)
+        def read_those(numbers: list[int]) -> Iterator[Result]:
+            chunks = [numbers[i : i + CHUNK] for i in range(0, len(numbers), CHUNK)]
+            named = [[paths[number] for number in chunk] for chunk in chunks]
+            return read_all(submit, named, AHEAD * workers, args.timeout)
+
+        step = -(-len(paths) // SAMPLE) or 1
+        sample = range(0, len(paths), step) if args.digits == "auto" and classifier.mixed else ()
+        kept, share = dict(zip(sample, read_those(sample), strict=True)), args.digits
+        if kept:
+            share = classifier.estimate_digits(kept.values())
+        if isinstance(share, float):
+            classifier.expect_digits(share)
+        others = read_those([number for number in own if number not in kept])
+        pictures = (kept.pop(number) if number in kept else next(others) for number in own)
         with ThreadPoolExecutor(workers) as executor:  # passes of the net, side by side
             answer = partial(executor.submit, classifier.answer)
             passes = in_order(answer, batches(pictures, args.batch_size), 2 * workers)
             results = chain([failed], (answered.result() for _, answered in passes))
-            counts = write(results, args, len(paths) + len(failed))
+            counts = write(results, args, len(own) + len(failed))
     finally:
         pool.stop()
         pool.join()
     seconds, total = time.monotonic() - started, counts.total()
     kinds = [*sorted(counts.items()), *sorted(passed_over.items())]
     said = ", ".join(f"{count:,} {kind}" for kind, count in kinds if count) or "none found"
+    if sample:
+        said += f", about {100 * share:.0f} % digits"
     print(f"{total:,} pictures: {said} ({total / seconds:,.0f} pictures/s)", file=sys.stderr)
     return int(total > counts["answered"] and args.ranks == 1)
 

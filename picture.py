@@ -98,7 +98,8 @@ def read(path: str, side: int = WORKING_SIDE) -> Image.Image:
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError("not a regular file")
-    with Image.open(path, formats=FORMATS) as picture:
+    # of a path, Pillow 13 maps raw TIFFs to memory and turns them wrong
+    with open(path, "rb") as file, Image.open(file, formats=FORMATS) as picture:
         factor = _factor(picture, side)
         picture.draft(None, (picture.width // factor, picture.height // factor))  # of a JPEG
         picture.load()

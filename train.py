@@ -10,6 +10,7 @@ results to stdout. Validation, cut from train, chooses the epoch; test is read o
 """
 
 import argparse
+import csv
 import math
 import os
 import shutil
@@ -33,6 +34,7 @@ from torchvision.datasets import EMNIST
 from tqdm import tqdm
 
 import CNN
+import picture
 from CNN import ALPHABET, SIZE, Net
 
 FLAG = argparse.BooleanOptionalAction
@@ -44,6 +46,7 @@ OPTIMIZERS = {
 }
 VALIDATION_ONE_IN = 20  # about 5 % of train
 CHECKPOINT_SECONDS = 120
+TEACHING = 0.5  # share of the loss that is towards the teachers
 REPORT_STEPS = 20  # between two looks at the loss and for signals, which wait for the device
 CHUNK_STEPS = 16  # batches that a GPU augments at once, to launch fewer kernels
 
@@ -76,6 +79,10 @@ class Config:
     xavier: bool = setting(True, "Xavier initialisation rather than torch's own", action=FLAG)
     precision: str = setting("auto", "arithmetic", choices=["auto", "float32", "bfloat16"])
     seed: int = setting(0, "repeats a run, on the CPU bit for bit")
+    init: Path = setting(None, "weights file to start from, with its net")
+    extra: Path = setting(None, "more pictures: folders named by character, or path,character csv")
+    extra_share: float = setting(0.125, "share of each batch that is taken from --extra")
+    teacher: Path = setting((), "weights files whose answers are learned too", nargs="+")
     data: Path = setting(Path("data"), "folder of EMNIST, downloaded there when absent")
     out: Path = setting(Path("model.pt"), "weights file to write")
     device: str = setting("auto", "cpu, cuda, cuda:1, …; auto: cuda where there is one")
@@ -91,7 +98,9 @@ class Config:
     def bound(self) -> dict[str, object]:
         """Return what makes a run what it is, and --resume must find unchanged."""
         free = ("data", "out", "device", "compile", "wandb", "resume")
-        return {name: value for name, value in asdict(self).items() if name not in free}
+        plain = (str, int, float)
+        items = ((k, v if isinstance(v, plain) else str(v)) for k, v in asdict(self).items())
+        return {name: value for name, value in items if name not in free}
 
 
 def parse(argv: list[str] | None = None) -> Config:
@@ -107,6 +116,8 @@ def parse(argv: list[str] | None = None) -> Config:
         parser.error(f"--augment {config.augment}: expected none or some of {[*AUGMENTATIONS]}")
     if config.epochs < 1 or config.batch_size < 2 or not config.lr > 0 <= config.weight_decay:
         parser.error("expected --epochs of 1, --batch-size of 2 or more, --lr above 0")
+    if not 0 <= config.extra_share <= 0.5:
+        parser.error("--extra-share: expected 0 to 0.5")
     return config
 
 
@@ -168,6 +179,7 @@ class Split(NamedTuple):
 
     images: Tensor
     labels: Tensor
+    extra: int = 0  # how many of them, the last ones, are from --extra
 
 
 def read_emnist(root: Path, train: bool) -> Split:
@@ -207,8 +219,50 @@ def load_splits(config: Config, machine: Machine) -> tuple[Split, ...]:
     if config.batch_size % machine.world or config.batch_size > len(train.labels):
         found = f"{machine.world} processes and {len(train.labels)} pictures"
         fail(f"--batch-size {config.batch_size}", found, "choose one that they can share")
-    splits = (train, validation, test)
-    return tuple(Split(*(part.to(machine.device) for part in split)) for split in splits)
+    train = add_extra(train, config.extra) if config.extra else train
+    device = machine.device
+    return tuple(Split(x.to(device), y.to(device), n) for x, y, n in (train, validation, test))
+
+
+def add_extra(split: Split, source: Path) -> Split:
+    """Append labelled pictures of any kind, fitted; one that can't be read costs a line.
+
+    source: a folder of folders named by character, as torchvision's ImageFolder has them, or a csv
+    of path,character, as the page of inference.py --report saves corrections.
+    """
+    if source.is_dir():
+        labelled = [(str(path), path.parent.name) for path in sorted(source.glob("*/*"))]
+    else:
+        with open(source, newline="", encoding="utf-8", errors="surrogateescape") as file:
+            labelled = [(row["path"], row["character"]) for row in csv.DictReader(file)]
+    images, labels = [], []
+    for path, character in labelled:
+        if character.upper() not in list(ALPHABET):
+            fail(f"--extra {path}", f"{character!r} is no class", "name folders 0-9 and A-Z")
+        try:
+            images.append(torch.from_numpy(picture.prepare(path, SIZE)[0]))
+            labels.append(ALPHABET.index(character.upper()))
+        except ValueError as error:
+            say(f"--extra: left out: {path}: {error}")
+    if not labels:
+        fail(f"--extra {source}", "no pictures", "put them into folders, as in A/any_name.png")
+    extra = (split.images, torch.stack(images)), (split.labels, torch.tensor(labels))
+    return Split(*map(torch.cat, extra), len(labels))
+
+
+def draw_epoch(split: Split, epoch: int, config: Config) -> Tensor:
+    """Return the rows of a split in each batch of an epoch, (steps, B).
+
+    EMNIST's pictures come once each, in random order. The share of --extra is drawn anew for each
+    batch and stands at even places, where `augment` changes pictures.
+    """
+    generator = torch.Generator().manual_seed(hash((config.seed, epoch)))
+    share = round(config.batch_size * config.extra_share) if split.extra else 0
+    count, own = len(split.labels) - split.extra, config.batch_size - share
+    order = torch.randperm(count, generator=generator)[: count // own * own].view(-1, own)
+    drawn = torch.randint(2**60, (len(order), share), generator=generator) % max(1, split.extra)
+    mixed = torch.stack([count + drawn, order[:, :share]], dim=2).flatten(1)
+    return torch.cat([mixed, order[:, share:]], dim=1)
 
 
 def batches(split: Split, step: int, config: Config, machine: Machine) -> Iterator[tuple]:
@@ -217,12 +271,12 @@ def batches(split: Split, step: int, config: Config, machine: Machine) -> Iterat
     Every rank takes its share of each global batch. Random numbers are seeded anew for each chunk
     of batches: a resumed run goes on with the same ones and, on the CPU, with the same dropout.
     """
-    per_epoch = len(split.labels) // config.batch_size
     chunk_steps = CHUNK_STEPS if machine.device.type == "cuda" else 1
+    per_epoch = len(draw_epoch(split, 0, config))
     for epoch in range(step // per_epoch, config.epochs):
-        generator = torch.Generator().manual_seed(hash((config.seed, epoch)))
-        order = torch.randperm(len(split.labels), generator=generator).to(machine.device)
-        order = order[: per_epoch * config.batch_size].view(per_epoch, machine.world, -1)
+        order = (
+            draw_epoch(split, epoch, config).to(machine.device).view(per_epoch, machine.world, -1)
+        )
         done = max(0, step - epoch * per_epoch)
         for first in range(done - done % chunk_steps, per_epoch, chunk_steps):
             torch.manual_seed(hash((config.seed, machine.rank, epoch, first)))
@@ -348,9 +402,21 @@ class State:
     log_id: str | None = None  # of the run at Weights & Biases
 
 
+def load_net(name: str, path: Path) -> Net:
+    try:
+        return CNN.load(path)
+    except (OSError, ValueError) as error:
+        fail(name, error, "give a file that train.py wrote")
+
+
 def start(config: Config, machine: Machine, pictures: int) -> State:
     torch.manual_seed(config.seed)
     net = Net(config.arch, dropout=config.dropout, xavier=config.xavier)
+    if config.init:
+        net = load_net("--init", config.init).train()
+        for layer in net.modules():
+            if isinstance(layer, nn.Dropout):
+                layer.p = config.dropout
     net = net.to(machine.device, memory_format=torch.channels_last)
     average = deepcopy(net).requires_grad_(False)
     if machine.world > 1 and machine.device.type == "cuda":
@@ -451,14 +517,22 @@ def make_loss(net: Net, config: Config, machine: Machine) -> Callable[[Tensor, T
     """Return the mean loss as a function of images and labels, compiled on a GPU.
 
     There, by itself, it runs as CUDA graphs: Python launches a few things, not hundreds. Under
-    torchrun its gradients are averaged over the ranks.
+    torchrun its gradients are averaged over the ranks. Half of it is towards the mean answer of
+    the teachers, if any, to the same pictures (distillation, Hinton et al. 2015, arXiv 1503.02531).
     """
     precision, device, alone = machine.precision, machine.device.type, machine.world == 1
+    teachers = [load_net("--teacher", path).fused().to(machine.device) for path in config.teacher]
     forward = net if alone else nn.parallel.DistributedDataParallel(net)
 
     def mean_loss(images: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast(device, precision, enabled=precision != torch.float32):
-            return F.cross_entropy(forward(images), labels)
+            logits = forward(images)
+            loss = F.cross_entropy(logits, labels)
+            if not teachers:
+                return loss
+            with torch.no_grad():
+                answers = [(net(images) / net.temperature).softmax(1) for net in teachers]
+            return torch.lerp(loss, F.cross_entropy(logits, sum(answers) / len(answers)), TEACHING)
 
     if config.compile or (config.compile is None and device == "cuda"):
         return torch.compile(mean_loss, mode="reduce-overhead" if alone else "default")
@@ -469,7 +543,7 @@ def learn(
     state: State, training: Split, validation: Split, config: Config, machine: Machine, log: Log
 ) -> None:
     """Train to the end, or to a signal: KeyboardInterrupt with its number, a checkpoint saved."""
-    per_epoch = len(training.labels) // config.batch_size
+    per_epoch = len(draw_epoch(training, 0, config))
     steps = per_epoch * config.epochs
     mean_loss = make_loss(state.net, config, machine)
     weights = zip(state.average.state_dict().values(), state.net.state_dict().values(), strict=True)
@@ -549,6 +623,9 @@ def train(config: Config) -> dict:
 
     net = state.average
     net.load_state_dict(state.best)
+    net.digits = (
+        (training.labels[draw_epoch(training, 0, config)] < CNN.DIGITS).float().mean().item()
+    )
     logits = CNN.predict(net, validation.images, machine.precision)
     net.temperature = CNN.calibrate(logits, validation.labels)
     net.lookalikes = CNN.find_lookalikes(CNN.confuse(logits, validation.labels))

@@ -243,14 +243,15 @@ def seeds() -> dict[str, bytes]:
     variants = {mode: grey.convert(mode) for mode in ("L", "RGB", "RGBA", "1", "LA", "F")}
     variants |= {"P": grey.quantize(16), "CMYK": colour.convert("CMYK")}
     variants |= {"I;16": Image.fromarray(np.asarray(grey, np.uint16) * 200)}
-    for name, suffixes in FORMATS.items():
+    for name in FORMATS:
         for mode, variant in variants.items():
             file = io.BytesIO()
             try:
                 variant.save(file, name)
             except (OSError, KeyError, ValueError):  # a mode that the format hasn't
                 continue
-            found[f"{mode}{suffixes[0]}"] = file.getvalue()
+            suffix = {"JPEG": "jpg", "TIFF": "tif"}.get(name, name.lower())
+            found[f"{mode}.{suffix}"] = file.getvalue()
     for compression in ("tiff_lzw", "tiff_adobe_deflate", "jpeg", "packbits", "lzma", "zstd"):
         file = io.BytesIO()
         colour.save(file, "TIFF", compression=compression)

@@ -1,0 +1,129 @@
+"""A user's own pictures, a file to start from, teachers: what each changes in a training."""
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import strokes
+import torch
+from PIL import Image
+
+import CNN
+import train
+
+BATCH = 24
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Labelled pictures: A/…, q/… (which is Q) and 7/…, photographed; one of them is damaged."""
+    folder = tmp_path_factory.mktemp("extra")
+    for i, character in enumerate("AAQQ777"):
+        place = folder / ("q" if character == "Q" else character)
+        place.mkdir(exist_ok=True)
+        ink = strokes.ink(character, strokes.hand(i), (120, 120))
+        Image.fromarray((255 * (1 - ink)).astype("uint8")).save(place / f"{i}.png")
+    (folder / "A" / "damaged.png").write_bytes(b"no picture")
+    return folder
+
+
+@pytest.fixture
+def config(tiny_emnist: Path, tmp_path: Path) -> train.Config:
+    options = {"epochs": 1, "batch_size": BATCH, "warmup": 2, "device": "cpu", "wandb": False}
+    return train.Config(data=tiny_emnist, out=tmp_path / "out.pt", **options)
+
+
+def split_of(count: int) -> train.Split:
+    images = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1).expand(-1, 28, 28).contiguous()
+    return train.Split(images, torch.arange(count) % 36)
+
+
+def test_folders_are_read_fitted_and_appended(pictures: Path, capsys) -> None:
+    both = train.add_extra(split_of(50), pictures)
+    assert both.extra == 7
+    assert [CNN.ALPHABET[i] for i in both.labels[50:].tolist()] == list("777AAQQ")
+    assert both.images[50:].amax((1, 2)).tolist() == [255] * 7  # fitted: ink 255 on 0
+    assert both.images[50:, 0].max() == 0
+    said = capsys.readouterr().err
+    assert "damaged.png: not a picture in a format that is read here" in said
+    assert len(said.splitlines()) == 1
+
+
+def test_corrections_of_the_report_are_taken_as_well(pictures: Path, tmp_path: Path) -> None:
+    table = tmp_path / "corrections.csv"
+    with table.open("w", newline="") as file:
+        rows = [(pictures / "A" / "0.png", "b"), (pictures / "7" / "4.png", "1")]
+        csv.writer(file).writerows([("path", "character"), *rows])
+    both = train.add_extra(split_of(2), table)
+    assert [CNN.ALPHABET[i] for i in both.labels[2:].tolist()] == ["B", "1"]
+
+
+@pytest.mark.parametrize("name", ["AB", "dogs", "Ä"])
+def test_a_folder_that_is_no_class_ends_it_with_the_layout(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "x.png").write_bytes(b"")
+    with pytest.raises(SystemExit, match="is no class: name folders 0-9 and A-Z"):
+        train.add_extra(split_of(2), tmp_path)
+
+
+def test_no_picture_at_all_ends_it_with_the_layout(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="no pictures: put them into folders"):
+        train.add_extra(split_of(2), tmp_path)
+
+
+def test_each_batch_holds_the_share_where_augmentation_changes(config: train.Config) -> None:
+    split = split_of(110)._replace(extra=10)
+    config = replace(config, extra_share=0.25)
+    rows = train.draw_epoch(split, 0, config)
+    assert rows.shape == (100 // (BATCH - 6), BATCH)
+    is_extra = rows >= 100
+    assert (is_extra.sum(1) == 6).all()
+    assert is_extra[:, 0:12:2].all()  # at the even places, which `augment` changes
+    own = rows[~is_extra]
+    assert len(own.unique()) == len(own)  # EMNIST's come once each
+    assert (train.draw_epoch(split, 0, config) == rows).all()
+    assert (train.draw_epoch(split, 1, config) != rows).any()
+
+
+def test_init_starts_from_a_file_and_learns_the_extra(
+    config: train.Config, pictures: Path, root: Path, tmp_path: Path
+) -> None:
+    start = CNN.load(root / "model.pt")
+    config = replace(config, init=root / "model.pt", extra=pictures, extra_share=0.25, lr=1e-4)
+    state = train.start(config, train.set_up(config), 1)
+    for key, value in start.state_dict().items():
+        torch.testing.assert_close(state.net.state_dict()[key], value)
+    results = train.train(config)
+    net = CNN.load(config.out)
+    assert net.arch == start.arch
+    assert results["test"]["accuracy"] > 60  # hardly moved by one epoch at this rate
+    labels = train.add_extra(train.read_emnist(config.data, train=True), pictures).labels
+    share = (labels[:-7] < 10).float().mean() * 0.75 + 3 / 7 * 0.25
+    assert net.digits == pytest.approx(share.item(), abs=0.08)
+
+
+def test_teachers_answers_are_learned(config: train.Config, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    teacher = CNN.Net("run1")
+    with torch.no_grad():
+        teacher.fc2.bias.zero_()[5] = 40  # it says 5, whatever it sees
+    CNN.save(teacher, tmp_path / "teacher.pt")
+    config = replace(config, teacher=(tmp_path / "teacher.pt",))
+    machine = train.set_up(config)
+    net = train.start(config, machine, 1).net.eval()
+    images, labels = torch.rand(8, 1, 28, 28), torch.full((8,), 7)
+    with torch.autocast("cpu", machine.precision, enabled=machine.precision != torch.float32):
+        log_p = net(images).log_softmax(1)
+    expected = -(log_p[:, 7].mean() + log_p[:, 5].mean()) / 2
+    loss = train.make_loss(net, config, machine)(images, labels)
+    assert loss.item() == pytest.approx(expected.item(), rel=0.02)
+
+
+@pytest.mark.parametrize("setting", ["init", "teacher"])
+def test_a_file_that_is_no_net_is_one_line(config: train.Config, setting: str, tmp_path) -> None:
+    bad = tmp_path / "bad.pt"
+    bad.write_bytes(b"nothing")
+    with pytest.raises(SystemExit, match=f"--{setting}: .*bad.pt: no weights of ours") as stopped:
+        train.train(replace(config, **{setting: (bad,) if setting == "teacher" else bad}))
+    assert len(str(stopped.value).splitlines()) == 1
