@@ -1,4 +1,4 @@
-"""The image, built and run for real, when asked: TEST_IMAGE=cpu (or cuda) pytest tests/test_docker.py
+"""The image, built and run when asked: TEST_IMAGE=cpu (or cuda) pytest tests/test_docker.py
 
 Docker builds it where its engine answers, else buildah. STORAGE_DRIVER=vfs makes buildah work in a
 container, too.
@@ -51,5 +51,7 @@ def answers(root: Path) -> Iterator[list[str]]:
 def test_image_names_the_samples(answers: list[str], root: Path) -> None:
     files = sorted((root / "tests" / "samples").iterdir())
     assert [line[5:] for line in answers] == [f"/test/data/{file.name}" for file in files]
-    right = sum(chr(int(line[:3])) == file.name[0] for line, file in zip(answers, files))
+    right = sum(
+        chr(int(line[:3])) == file.name[0] for line, file in zip(answers, files, strict=True)
+    )
     assert right > 0.9 * len(files)

@@ -138,15 +138,6 @@ def test_files_that_are_no_sound_picture_are_errors(errors_of, tmp_path: Path) -
     assert "too large" in errors["just a warning.png"]
 
 
-def test_of_an_endless_animation_the_first_frame_counts(errors_of, tmp_path: Path) -> None:
-    file = io.BytesIO()
-    picture().save(file, "GIF", save_all=True, append_images=[picture(seed=1)], loop=0)
-    whole = file.getvalue()
-    frame = whole[whole.rindex(b"!\xf9") : -1]
-    (tmp_path / "endless.gif").write_bytes(whole[:-1] + frame * 20_000)
-    assert errors_of([tmp_path / "endless.gif"], "--timeout", 5) == {"endless.gif": ""}
-
-
 def test_what_is_no_file_is_never_opened(errors_of, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     os.mkfifo(tmp_path / "pipe of a link.png")

@@ -20,7 +20,7 @@ import strokes
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image
 
 import CNN
 import inference
@@ -46,11 +46,6 @@ def glyph(character: str = "F", side: int = 64, seed: int = 3) -> Image.Image:
     hand = replace(strokes.hand(seed), pen=0.12)
     ink = strokes.ink(character, hand, (side, side), longest=0.7 * side)
     return Image.fromarray((255 - 255 * np.asarray(ink)).astype(np.uint8))
-
-
-def likeness(a: Path, b: Path) -> float:
-    first, second = (prepare(str(path), CNN.SIZE)[0].ravel() for path in (a, b))
-    return float(np.corrcoef(first, second)[0, 1])
 
 
 @pytest.fixture(scope="session")
@@ -118,84 +113,18 @@ def entries(text: bytes) -> list[dict]:
 # What it reads
 
 
-def deep(grey: Image.Image, low: int, high: int) -> Image.Image:
-    values = low + (high - low) * (np.asarray(grey, float) / 255)
-    return Image.fromarray(values.astype(np.uint16))
-
-
-def clear(grey: Image.Image, colour: int) -> Image.Image:
-    """Return ink of a colour on transparent ground."""
-    picture = Image.new("RGBA", grey.size, (colour, colour, colour, 0))
-    picture.putalpha(ImageOps.invert(grey))
-    return picture
-
-
-def with_clear_palette(grey: Image.Image) -> Image.Image:
-    palette = grey.quantize(8)
-    lightest = max(range(8), key=lambda i: sum(palette.getpalette()[3 * i : 3 * i + 3]))
-    palette.info["transparency"] = lightest
-    return palette
-
-
-SUFFIXES = ("JPEG", "bmp", "dib", "gif", "tiff", "webp", "avif", "jp2", "pgm", "sgi", "pcx", "ico")
-MODES = {
-    "negative.png": ImageOps.invert,
-    "faint.png": lambda g: g.point(lambda v: 150 + v // 4),
-    "bilevel.png": lambda g: g.convert("1"),
-    "palette.png": lambda g: g.quantize(8),
-    "clear palette.png": with_clear_palette,
-    "clear palette.gif": with_clear_palette,
-    "grey and alpha.png": lambda g: clear(g, 0).convert("LA"),
-    "black on clear.png": lambda g: clear(g, 0),
-    "white on clear.webp": lambda g: clear(g, 255),
-    "colour.png": lambda g: ImageOps.colorize(g, (20, 30, 120), (235, 230, 200)),
-    "opaque.png": lambda g: g.convert("RGBA"),
-    "cmyk.tif": lambda g: g.convert("RGB").convert("CMYK"),
-    "cmyk.jpg": lambda g: g.convert("RGB").convert("CMYK"),
-    "ycbcr.tif": lambda g: g.convert("RGB").convert("YCbCr"),
-    "lab.tif": lambda g: Image.merge("LAB", [g, *[Image.new("L", g.size)] * 2]),
-    "16 bit.png": lambda g: deep(g, 0, 65535),
-    "16 bit, 12 used.tif": lambda g: deep(g, 0, 4095),
-    "16 bit negative.tif": lambda g: deep(g, 60000, 1000),
-    "32 bit.tif": lambda g: Image.fromarray(np.asarray(g, np.int32) * 8_000_000),
-    "float.tif": lambda g: Image.fromarray(np.asarray(g, np.float32) / 255),
-    "NaN.tif": lambda g: Image.fromarray(np.where(np.eye(64) > 0, np.nan, g / np.float32(9))),
-    "rgb.jpg": lambda g: g.convert("RGB"),
-    "bilevel.pbm": lambda g: g.convert("1"),
-    "float.pfm": lambda g: Image.fromarray(np.asarray(g, np.float32)),
-    "rgb.qoi": lambda g: g.convert("RGB"),
-    "rgb.tga": lambda g: g.convert("RGB"),
-    **{f"grey.{suffix}": lambda g: g for suffix in SUFFIXES},
-}
-
-
-@pytest.mark.parametrize("name", MODES)
-def test_every_mode_format_and_polarity_gives_the_same_character(name: str, tmp_path: Path) -> None:
-    glyph().save(tmp_path / "plain.png")
-    MODES[name](glyph()).save(tmp_path / name, "PPM" if name.endswith("pfm") else None)
-    assert likeness(tmp_path / name, tmp_path / "plain.png") > 0.93
-
-
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
-def test_orientation_flags_are_obeyed(suffix: str, tmp_path: Path) -> None:
+def test_orientation_flags_are_obeyed(run, tmp_path: Path) -> None:
     upright = glyph(side=80).crop((10, 0, 70, 80))
-    upright.save(tmp_path / "upright.png")
     t = Image.Transpose
     stored_as = {2: t.FLIP_LEFT_RIGHT, 3: t.ROTATE_180, 4: t.FLIP_TOP_BOTTOM, 5: t.TRANSPOSE}
     stored_as |= {6: t.ROTATE_90, 7: t.TRANSVERSE, 8: t.ROTATE_270}
     for flag, turn in stored_as.items():
         exif = Image.Exif()
-        exif[274] = flag
-        upright.transpose(turn).save(tmp_path / f"flag.{suffix}", exif=exif)
-        assert likeness(tmp_path / f"flag.{suffix}", tmp_path / "upright.png") > 0.93
-
-
-@pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tiff"])
-def test_of_many_frames_the_first_counts(suffix: str, tmp_path: Path) -> None:
-    glyph("F").save(tmp_path / "plain.png")
-    others = [glyph(character) for character in "XYZ" * 5]
-    glyph("F").save(tmp_path / f"many.{suffix}", save_all=True, append_images=others, loop=0)
-    assert likeness(tmp_path / f"many.{suffix}", tmp_path / "plain.png") > 0.93
+        exif[0x112] = flag
+        for suffix in ("jpg", "png", "webp", "tif"):
+            upright.transpose(turn).save(tmp_path / f"{flag}.{suffix}", exif=exif)
+    code, out, _ = run("--input", tmp_path, "--model", ROOT / "model.pt")
+    assert (code, {line[:3] for line in out.splitlines()}) == (0, {b"070"})
 
 
 # What it finds
@@ -325,14 +254,7 @@ def test_an_alphabet_restricts_and_renormalises(run, folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "characters"),
-    [
-        ("0-9", "0123456789"),
-        ("A-Z", CNN.ALPHABET[10:]),
-        ("a-c9", "9ABC"),
-        ("8-B", "89AB"),
-        ("zZz", "Z"),
-        ("ABCDEFGHJKLMNPRSTUVWXYZ0123456789", re.sub("[IOQ]", "", CNN.ALPHABET)),
-    ],
+    [("A-Z", CNN.ALPHABET[10:]), ("a-c9", "9ABC"), ("8-B", "89AB"), ("zZz", "Z"), ("X0-2", "012X")],
 )
 def test_alphabets(text: str, characters: str) -> None:
     assert inference.parse_alphabet(text, CNN.ALPHABET) == characters

@@ -149,6 +149,29 @@ def test_settings_of_the_nine_runs_are_the_origins(name: str) -> None:
     assert (settings["schedule"], settings["augment"], settings["ema"]) == ("constant", "none", 0)
 
 
+def test_a_run_is_recorded_and_repeated_by_its_name(
+    tiny_emnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    monkeypatch.setattr(study, "RECORDS", tmp_path / "runs.jsonl")
+    monkeypatch.setattr(train, "load_splits", train.load_splits)  # to have it back
+    study.RECORDS.write_text("")
+    files = ["--data", str(tiny_emnist), "--weights", str(tmp_path)]
+    flags = ["--arch", "run1", "--epochs", "2", "--batch-size", "32", "--what", "a try"]
+    study.records.cache_clear()
+    monkeypatch.setattr(sys, "argv", ["study.py", "train", "mine", *flags, *files])
+    study.main()
+    first = study.records()["mine"]
+    assert first["what"] == "a try"
+    assert (first["settings"]["arch"], len(first["curve"]["nll"])) == ("run1", 2)
+    monkeypatch.setattr(sys, "argv", ["study.py", "train", "mine", *files])
+    study.main()
+    again = study.records()["mine"]
+    assert [again[key] for key in ("settings", "curve", "test")] == [
+        first[key] for key in ("settings", "curve", "test")
+    ]
+    study.records.cache_clear()
+
+
 @pytest.mark.parametrize("name", ["shipped", "field", "sizes", "samples"])
 def test_what_was_measured_are_the_shipped_weights(name: str) -> None:
     weights = hashlib.sha256((ROOT / "model.pt").read_bytes()).hexdigest()

@@ -392,6 +392,7 @@ def test_bad_values_exit_with_2_and_one_clear_line(words, run_train):
 
 def test_places_where_no_weights_can_be_are_one_line(run_train):
     user, foreign = os.getuid(), Path(tempfile.mkdtemp())
+    foreign.chmod(0o555)
     os.setresuid(user or 65534, user or 65534, user)  # nobody: root may write anywhere
     try:
         for place in (foreign / "model.pt", foreign, foreign / "absent" / "model.pt"):
