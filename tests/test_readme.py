@@ -150,7 +150,7 @@ def test_settings_of_the_nine_runs_are_the_origins(name: str) -> None:
 
 
 def test_a_run_is_recorded_and_repeated_by_its_name(
-    tiny_emnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+    tiny_emnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(study, "RECORDS", tmp_path / "runs.jsonl")
     monkeypatch.setattr(train, "load_splits", train.load_splits)  # to have it back
