@@ -11,7 +11,7 @@ import inference
 
 ROOT = Path(__file__).resolve().parents[1]
 FIELD = ROOT.parent / "shared" / "field"
-BARS = (89.7, 92.5, 93.6)  # mean of sets: all; 0/O and 1/I/L merged; the set's alphabet known
+BARS = (93.6, 94.8, 93.6)  # mean of sets: all; 0/O and 1/I/L merged; the set's alphabet known
 LOWEST = 85.0  # of any set, its alphabet known
 MERGED = str.maketrans("OIL", "011")
 
@@ -21,14 +21,12 @@ def test_field_sets_reach_the_bars(
     capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONSAFEPATH", "1")  # to be taken away afterwards
-    inference.main(["--input", str(FIELD), "--format", "json", "--topk", "36"])
     sets: dict[str, list[tuple[str, list[str]]]] = {}
-    for line in capfd.readouterr().out.splitlines():
-        answer = json.loads(line)
-        path = Path(answer["path"])
-        ranked = [answer["character"], *answer["alternatives"]]
-        sets.setdefault(path.parts[-3], []).append((path.parent.name, ranked))
-    assert len(sets) == 8
+    for folder in filter(Path.is_dir, FIELD.iterdir()):  # each alone, as its share of digits is
+        inference.main(["--input", str(folder), "--format", "json", "--topk", "36"])
+        for answer in map(json.loads, capfd.readouterr().out.splitlines()):
+            ranked = [answer["character"], *answer["alternatives"]]
+            sets.setdefault(folder.name, []).append((Path(answer["path"]).parent.name, ranked))
     scores = {name: score(answers) for name, answers in sets.items()}
     mean = np.mean(list(scores.values()), axis=0)
     assert (mean >= BARS).all(), scores
