@@ -13,6 +13,8 @@ import strokes
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # quickest for so little, several at a time
 ROOT = Path(__file__).resolve().parent.parent
+SHORT = ["--arch", "run1", "--batch-size", "16", "--epochs", "3", "--warmup", "5"]
+SHORT += ["--device", "cpu", "--no-wandb"]
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +37,16 @@ def disk_for() -> Iterator[Callable[[int], None]]:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
+@pytest.fixture(autouse=True)
+def undone() -> Iterator[None]:
+    """Put back what train.py sets for its whole process."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    socket.setdefaulttimeout(None)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 class Outcome(NamedTuple):
     """How a script ended, and all that it said."""
 
@@ -53,12 +65,11 @@ class Outcome(NamedTuple):
 
 
 @pytest.fixture
-def run_train(tiny_emnist: Path, tmp_path: Path, capsys) -> Iterator[Callable]:
+def run_train(tiny_emnist: Path, tmp_path: Path, capsys) -> Callable:
     """Run train.py in this process on the tiny EMNIST, 8 steps an epoch, 24 by default."""
     import train
 
-    plain = ["--data", tiny_emnist, "--out", tmp_path / "model.pt", "--device", "cpu", "--no-wandb"]
-    plain += ["--arch", "run1", "--batch-size", 16, "--epochs", 3, "--warmup", 5]
+    plain = [*SHORT, "--data", tiny_emnist, "--out", tmp_path / "model.pt"]
 
     def run(*flags: object) -> Outcome:
         capsys.readouterr()
@@ -69,8 +80,4 @@ def run_train(tiny_emnist: Path, tmp_path: Path, capsys) -> Iterator[Callable]:
         out, err = capsys.readouterr()
         return Outcome(status, out, err + error)
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield run
-    socket.setdefaulttimeout(None)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return run

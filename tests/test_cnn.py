@@ -27,21 +27,14 @@ def net() -> Net:
     return made.eval()
 
 
-# The net
-
-
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_shapes(arch):
     assert Net(arch).eval()(torch.rand(3, 1, 28, 28)).shape == (3, 36)
-    assert Net(arch, alphabet="XY").eval()(torch.rand(0, 1, 28, 28)).shape == (0, 2)
-
-
-def test_wrong_shapes_and_names_are_refused(net):
+    net = Net(arch, alphabet="XY").eval()
+    assert net(torch.rand(0, 1, 28, 28)).shape == (0, 2)
     for shape in ((28, 28), (1, 28, 28), (2, 3, 28, 28), (2, 1, 28, 27)):
         with pytest.raises(ValueError, match=r"expected \(N, 1, 28, 28\)"):
             net(torch.rand(shape))
-    with pytest.raises(ValueError, match=r"no architecture 'run9': expected one of.*'run8'"):
-        Net("run9")
 
 
 # Written out from the origin's description, not from ARCHITECTURES; weights by their shape
@@ -66,12 +59,7 @@ def test_origins_nets_layer_for_layer(arch):
         names.append(" ".join(map(str, (type(layer).__name__, *shape))))
         assert getattr(layer, "p", 0.28) == 0.28  # of the dropouts
     assert ", ".join(names) == " ".join(LAYERS[arch].split())
-
-
-def test_parameter_counts():
-    """The origin's own count for 36 classes, and the default's by hand from its layers."""
-    for arch, count in (("run8", 1_337_732), ("default", 1_967_796)):
-        assert sum(p.numel() for p in Net(arch).parameters()) == count
+    assert arch != "run8" or sum(p.numel() for p in net.parameters()) == 1_337_732  # its own count
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -106,11 +94,8 @@ def test_pictures_are_normalised_by_the_nets_own_figures(own):
     torch.testing.assert_close(seen[0], (images - mean) / std)
 
 
-@pytest.mark.parametrize(
-    ("arch", "left"),
-    [("small", 0), ("default", 0), ("large", 0), ("run1", 2), ("run7", 2), ("run8", 6)],
-)
-def test_fused_net_is_the_same_net_with_fewer_norms(arch, left):
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_fused_net_is_the_same_net_with_fewer_norms(arch):
     torch.manual_seed(SEED)
     net, images = Net(arch), torch.rand(32, 1, 28, 28)
     net.train()(images)  # statistics away from 0 and 1
@@ -118,11 +103,8 @@ def test_fused_net_is_the_same_net_with_fewer_norms(arch, left):
     assert not fused.training
     assert not any(part.requires_grad for part in fused.parameters())
     torch.testing.assert_close(fused(images[:4]), net.eval()(images[:4]), rtol=1e-4, atol=1e-4)
-    assert sum(type(part).__name__.startswith("BatchNorm") for part in fused.modules()) == left
+    assert str(fused).count("BatchNorm") == {"run1": 2, "run7": 2, "run8": 6}.get(arch, 0)
     assert str(net) == before
-
-
-# The weights file
 
 
 def test_round_trip(net, tmp_path):
@@ -149,15 +131,15 @@ def test_origins_file(tmp_path):
     assert torch.equal(again(images), net(images))
 
 
-@pytest.mark.parametrize("room", [0, 1000, 100_000])
-def test_save_to_a_full_disk_leaves_the_old_file(room, net, tmp_path, disk_for):
+def test_save_to_a_full_disk_leaves_the_old_file(net, tmp_path, disk_for):
     path = tmp_path / "model.pt"
     path.write_bytes(b"old")
-    disk_for(room)
-    with pytest.raises(OSError, match="too large"):
-        CNN.save(net, path)
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
+    for room in (0, 1000, 100_000):
+        disk_for(room)
+        with pytest.raises(OSError, match="too large"):
+            CNN.save(net, path)
+    disk_for(10**9)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
 
 
 def test_save_that_is_killed_leaves_a_whole_file(net, tmp_path):
@@ -172,9 +154,6 @@ def test_save_that_is_killed_leaves_a_whole_file(net, tmp_path):
         writer.kill()
         writer.join()
         assert torch.equal(CNN.load(path).fc2.weight, net.fc2.weight)
-
-
-# Files that are no weights of ours, or not whole
 
 
 def refusal(path: Path) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import strokes
 import torch
+from conftest import SHORT
 
 import CNN
 import train
@@ -18,7 +19,7 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["train", "pytest"])  # a process costs a fork, no import of torch
 KILLS = 12
 CHECKPOINT = "model.checkpoint.pt"
-EPOCHS = ["--epochs", 8]  # of 8 steps
+EPOCHS = ["--epochs", "8"]  # of 8 steps
 
 
 def content(path: Path) -> tuple[str, dict[str, bytes]]:
@@ -57,10 +58,6 @@ def interrupted(run_train, monkeypatch, tmp_path) -> Path:
     return tmp_path / CHECKPOINT
 
 
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
 def step_in(path: Path) -> int:
     return torch.load(path, weights_only=True)["step"] if path.exists() else 0
 
@@ -69,9 +66,7 @@ def train_on(data: Path, out: Path) -> None:
     """Train with a checkpoint after every step; half of the time is spent in writing them."""
     os.dup2(os.open(out.with_name("said"), os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     train.CHECKPOINT_SECONDS = -1
-    flags = ["--data", data, "--out", out, "--device", "cpu", "--no-wandb", "--arch", "run1"]
-    flags += ["--batch-size", 16, "--warmup", 5, *EPOCHS, "--resume"]
-    train.main([str(word) for word in flags])
+    train.main([*SHORT, *EPOCHS, "--data", str(data), "--out", str(out), "--resume"])
 
 
 def test_killed_again_and_again_it_ends_bit_for_bit_the_same(
@@ -95,7 +90,7 @@ def test_killed_again_and_again_it_ends_bit_for_bit_the_same(
     outcome = run_train(*EPOCHS, "--resume")
     assert outcome.err.startswith(f"going on from {checkpoint}, step {steps[-1]}\n")
     assert content(tmp_path / "model.pt") == uninterrupted
-    assert set(names(tmp_path)) <= {"model.pt", "said", CHECKPOINT + ".part"}
+    assert set(os.listdir(tmp_path)) <= {"model.pt", "said", CHECKPOINT + ".part"}
 
 
 def test_signals_save_and_say_how_to_go_on(
@@ -106,18 +101,18 @@ def test_signals_save_and_say_how_to_go_on(
         assert (outcome.status, outcome.out) == (status, "")
         last = outcome.err.splitlines()[-1]
         assert last == "stopped at your request; go on with the same command and --resume"
-        assert names(tmp_path) == [CHECKPOINT]
+        assert os.listdir(tmp_path) == [CHECKPOINT]
         assert step_in(tmp_path / CHECKPOINT) == step + 1
     (tmp_path / "moved").symlink_to(tiny_emnist)  # the data may have moved
     assert run_train(*EPOCHS, "--resume", "--data", tmp_path / "moved").status == 0
     assert content(tmp_path / "model.pt") == uninterrupted
-    assert names(tmp_path) == ["model.pt", "moved"]
+    assert sorted(os.listdir(tmp_path)) == ["model.pt", "moved"]
 
 
 def test_ctrl_c_while_the_data_is_read_ends_it_with_its_code(run_train, monkeypatch, tmp_path):
     monkeypatch.setattr(train, "held_out", lambda _: os.kill(os.getpid(), signal.SIGINT))
     assert run_train() == (130, "", "")
-    assert names(tmp_path) == []
+    assert os.listdir(tmp_path) == []
 
 
 def test_damaged_checkpoint_is_named_and_stays(run_train, interrupted, tmp_path):
@@ -130,7 +125,7 @@ def test_damaged_checkpoint_is_named_and_stays(run_train, interrupted, tmp_path)
         error = run_train("--resume").error
         assert error.startswith(f"--resume: {interrupted} is damaged: ")
         assert error.endswith(": delete it to train anew")
-        assert names(tmp_path) == [CHECKPOINT]
+        assert os.listdir(tmp_path) == [CHECKPOINT]
 
 
 def test_other_settings_other_data_and_a_training_anew_are_refused(

@@ -8,7 +8,6 @@ from unittest.mock import MagicMock
 import pytest
 
 import CNN
-import train
 
 
 @pytest.fixture
@@ -45,26 +44,6 @@ def test_without_a_key_the_real_log_is_offline_and_whole(run_train, tmp_path, mo
         assert text.encode() in data, text
 
 
-def test_curves_chart_and_artifact_are_logged_by_step(run_train, fake, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "REPORT_STEPS", 5)
-    status, _, err = run_train("--wandb")
-    run, rows = fake.init.return_value, {}
-    assert status == 0
-    assert err.splitlines()[0] == "wandb: logging https://wandb/abc"
-    for call in run.log.call_args_list:
-        for name, value in call.args[0].items():
-            rows.setdefault(name, {})[call.kwargs.get("step")] = value
-    assert list(rows["train/loss"]) == list(rows["lr"]) == [5, 8, 10, 15, 16, 20, 24]
-    assert rows["lr"][5] == pytest.approx(0.003)  # the last step of the warm-up
-    assert list(rows["val/accuracy"]) == list(rows["val/nll"]) == [8, 16, 24]
-    assert f"validation nll {rows['val/nll'][16]:.4f}" in err
-    test = CNN.load(tmp_path / "model.pt").figures["test"]
-    run.summary.update.assert_called_once_with({f"test/{k}": v for k, v in test.items()})
-    _, truth, answers, characters = fake.plot.confusion_matrix.call_args.args
-    assert (len(truth), len(answers), characters) == (72, 72, list(CNN.ALPHABET))
-    assert [call[0] for call in run.mock_calls[-2:]] == ["log_artifact", "finish"]
-
-
 def test_mode_is_the_users_or_online_with_a_key_or_offline(run_train, fake, monkeypatch):
     for mode, key, chosen in (("", False, "offline"), ("", True, None), ("disabled", False, None)):
         fake.login.return_value = key
@@ -83,13 +62,11 @@ def test_resumed_training_goes_on_with_its_run(run_train, fake, monkeypatch):
     assert fake.init.call_args.kwargs["id"] == "abc"
 
 
-def test_no_wandb_needs_none(run_train, fake, monkeypatch):
-    for module in (fake, None):  # the import of None fails
-        monkeypatch.setitem(sys.modules, "wandb", module)
-        status, _, err = run_train("--no-wandb", "--epochs", 1)
-        assert status == 0
-        assert "wandb: " not in err
-    assert fake.mock_calls == []
+def test_no_wandb_needs_none(run_train, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # its import fails
+    status, _, err = run_train("--no-wandb", "--epochs", 1)
+    assert status == 0
+    assert "wandb: " not in err
 
 
 @pytest.mark.parametrize("call", ["import", "login", "init", "log", "log_artifact", "finish"])
