@@ -2,13 +2,14 @@
 
     prepare("picture.jpg", 28)  # (1, 28, 28) uint8, ink 255 on 0; 2 where polarity is in doubt
 
-`read` a file, upright and reduced -> `to_grey` -> `fit`. Knows neither torch nor CNN. Made for
-processes that read one picture after another: OpenCV's own threads are turned off by `prepare`.
+`read` a file, upright and reduced -> `to_grey` -> `fit`. Knows neither torch nor CNN. Callers read
+in processes, one picture at a time.
 """
 
 import os
 import stat
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from typing import NamedTuple
@@ -17,59 +18,48 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-FORMATS = {  # read by Pillow's own code alone; EPS, PDF and the like, which start programs, are not
-    "PNG": ".png .apng",
-    "JPEG": ".jpg .jpeg .jpe .jfif .mpo",
-    "BMP": ".bmp",
-    "DIB": ".dib",
-    "GIF": ".gif",
-    "TIFF": ".tif .tiff",
-    "WEBP": ".webp",
-    "AVIF": ".avif",
-    "JPEG2000": ".jp2 .j2k .j2c .jpc .jpf .jpx",
-    "PPM": ".pbm .pgm .ppm .pnm .pfm",
-    "SGI": ".sgi .bw .rgb .rgba",
-    "QOI": ".qoi",
-    "PCX": ".pcx",
-    "ICO": ".ico",
-    "TGA": ".tga",  # last: has no signature, so almost any bytes may be taken for it
-}
-SUFFIXES = tuple(" ".join(FORMATS.values()).split())
-BLANK = "blank: no ink found"
-
+# Read by Pillow's own code alone; EPS, PDF and the like, which start programs, are not. TGA is the
+# last, as it has no signature: almost any bytes may be taken for it.
+FORMATS = ["PNG", "JPEG", "BMP", "DIB", "GIF", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM", "SGI"]
+FORMATS += ["QOI", "PCX", "ICO", "TGA"]
+SUFFIXES = (
+    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".bmp", ".dib", ".gif", ".tif"),
+    *(".tiff", ".webp", ".avif", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".pbm", ".pgm"),
+    *(".ppm", ".pnm", ".pfm", ".sgi", ".bw", ".rgb", ".rgba", ".qoi", ".pcx", ".ico", ".tga"),
+)
 WORKING_SIDE = 96  # px; pictures are reduced as long as their longer side is no less,
 NARROW = 4  # px, and their shorter side no less than this
+BLANK = "blank: no ink found"
+
 SMALL = 14  # px: a shorter character, in a picture that was reduced, is read again
 CLEAR = 40  # px: at the resolution that makes it this long
 AROUND = 1.5  # of its length: how far its surroundings are read with it
 
 FORMED = (20 / 28, 26.5 / 28)  # of the side: the length of EMNIST's characters, traces included
-TRACE = 0.1  # of the highest level: the outermost trace of a character
+TRACE = 0.1  # of the contrast: the outermost trace of a character
 OFFSET = 1 / 28  # of the side: EMNIST's characters are no farther off the centre
 
-SHADED = 24  # px: a smaller picture is no photograph: no shading, nothing beside the character
-EVEN = 0.1  # of the contrast: how far the levels of even paper, or even ink, deviate at most
-GRID = 40  # px: side of the grid on which shading is estimated
-WINDOW = 13  # px of the grid: strokes are narrower than this, shadows wider
-GRAIN = 3  # grey levels of 256 that the grain of paper rises above it once it is reduced
-
-CLOSE = 0.3  # of 1: how far from a draw the vote on polarity may be for both to be tried
+SHADED = 24  # px: a smaller picture is no photograph: nothing in it but the character, no shading
+EVEN = 0.1  # of the contrast: how far the levels of paper deviate where it is not shaded
+GRID = 40  # px: side of the grid on which the paper is estimated
+WINDOW = 13  # px of it: strokes are narrower than this, shadows wider
+CLOSE = 0.3  # of the two votes of area and border: less between them, and either may be ink
 FAINTEST = 8  # grey levels of 256 between paper and ink, at least
-SIGNAL = 5  # deviations of the paper: ink that is less above it may be noise, but for
-NEIGHBOURS = 0.2  # correlation of neighbouring pixels, at least, in what is not noise
-PARTS = 20  # more than any character has: grain of the paper
-INK = 0.45  # of the way from the mean of paper to that of ink: where ink begins
+SIGNAL = 5  # deviations of paper between paper and ink, where nothing else says that it is ink:
+NEIGHBOURS = 0.2  # correlation of neighbouring pixels, above it in all that is not noise
+INK = 0.45  # of the way from paper to ink, by their means: where ink begins
 
-SPECK = 0.02  # of the main part's area: what is smaller is dirt; an i's dot is some 0.05
-DOT = 0.2  # of the main part's length: what is shorter may be an i's dot, however faint
+SPECK = 0.02  # of the area of the largest part: what is smaller is dirt; an i's dot is some 0.05
 RIM = 0.12  # of the picture's side: where frames, rules and neighbours lie
-FAINTER = 0.8  # of the character's highest level: rules and box edges are fainter
+LONG = 0.4  # of the side: what lies along the border and is longer belongs to no character
+FAINTER = 0.8  # of the character's level: rules and box edges are fainter
 
-FINE = 64  # px: the length of a character while its strokes are brought to one width,
-MARGIN = 9  # px: with so much around it
-WIDE = 11  # px: what is left of the picture, blurred twice so wide, is added to sharpen it
-STROKE = 0.11  # of the length: width of strokes; EMNIST's median is 0.13, with its soft edges
-LONGEST = 21.5 / 28  # of the result's side: the length; EMNIST's median is 23.6 / 28, with them
+FINE = 64  # px: the character's length while its strokes are made thinner or thicker
+MARGIN = 9  # px around it
+SHARP = 1.0  # how much is added of what is finer than
+BLURRED = 11  # px
+STROKE = 2.3 / 22  # of its length: width of strokes; EMNIST's median
+LONGEST = 22 / 28  # of the result's side: its longest side; EMNIST's median 23.6 / 28
 
 
 def prepare(path: str, side: int) -> np.ndarray:
@@ -78,21 +68,14 @@ def prepare(path: str, side: int) -> np.ndarray:
     A character that is small in its picture is read again at a resolution of its own. Raises
     ValueError, one line for the user, for whatever is wrong with the file.
     """
-    cv2.setNumThreads(1)
+    cv2.setNumThreads(1)  # there are processes enough
     with warnings.catch_warnings(action="ignore"):
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             grey = to_grey(read(path))
         except Exception as error:  # Pillow raises nearly everything for broken files
             raise ValueError(_reason(error)) from None
-        formed = _as_formed(grey, side)
-        if formed is not None:
-            return formed[None]
-        found = _find(grey)
-        if max(found[0].box[2:]) < SMALL and max(grey.shape) >= WORKING_SIDE:
-            with suppress(Exception):  # the first look has to do
-                found = _find(_look_closer(path, grey.shape, found[0].box))
-    return np.stack([_form(character, side) for character in found])
+        return fit(grey, side, lambda box: _look_closer(path, grey.shape, box))
 
 
 def _reason(error: Exception) -> str:
@@ -115,7 +98,8 @@ def read(path: str, side: int = WORKING_SIDE) -> Image.Image:
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError("not a regular file")
-    with Image.open(path, formats=tuple(FORMATS)) as picture:
+    # of a path, Pillow 13 maps raw TIFFs to memory and turns them wrong
+    with open(path, "rb") as file, Image.open(file, formats=FORMATS) as picture:
         factor = _factor(picture, side)
         picture.draft(None, (picture.width // factor, picture.height // factor))  # of a JPEG
         picture.load()
@@ -136,12 +120,12 @@ def _factor(picture: Image.Image, side: int) -> int:
 def _plain(picture: Image.Image) -> Image.Image:
     """Convert to mode L, RGB, RGBA, I or F, whichever loses nothing."""
     mode = picture.mode
-    if mode in ("LA", "PA", "La", "RGBa") or (
-        "transparency" in picture.info and not mode.startswith("I")
-    ):
+    if "transparency" in picture.info and not mode.startswith("I"):
         return picture.convert("RGBA")
     if mode in ("L", "RGB", "RGBA", "I", "F"):
         return picture
+    if mode in ("LA", "PA", "La", "RGBa"):
+        return picture.convert("RGBA")
     if mode in ("LAB", "YCbCr"):
         return picture.getchannel(0)  # lightness; LAB converts to nothing else
     return picture.convert("L" if mode == "1" else "I" if mode.startswith("I;16") else "RGB")
@@ -172,14 +156,16 @@ def to_grey(image: Image.Image) -> np.ndarray:
         return ((values - low) * (255 / max(high - low, 1e-9))).round().astype(np.uint8)
     if image.mode == "RGBA":
         image = _on_paper(image)
-    if image.mode == "L":
-        return np.asarray(image)
+    if image.mode != "RGB":
+        return np.asarray(image if image.mode == "L" else image.convert("L"))
     colours = np.asarray(image)
-    if (colours[..., :1] == colours[..., 1:]).all():
-        return colours[..., 0].copy()
+    red, green, blue = colours[..., 0], colours[..., 1], colours[..., 2]
+    if np.array_equal(red, green) and np.array_equal(green, blue):
+        return red.copy()
     points = colours.reshape(-1, 3)
     sample = np.ascontiguousarray(points[:: 1 + len(points) // 4096].T, np.float32)
-    _, axes = np.linalg.eigh(np.cov(sample))
+    sample -= sample.mean(1, keepdims=True)
+    _, axes = np.linalg.eigh(sample @ sample.T)
     axis = axes[:, -1] * np.sign(axes[:, -1].sum() or 1) / np.abs(axes[:, -1]).sum()
     return np.asarray(image.convert("L", (*axis.tolist(), -255 * np.minimum(axis, 0).sum())))
 
@@ -203,17 +189,22 @@ def _on_paper(picture: Image.Image) -> Image.Image:
     return Image.alpha_composite(ground, picture).convert("RGB")
 
 
-def fit(grey: np.ndarray, side: int) -> np.ndarray:
+def fit(grey: np.ndarray, side: int, look_closer: Callable | None = None) -> np.ndarray:
     """Fit a grey picture of a character to the form of EMNIST's: (1 or 2, side, side) uint8.
 
     grey: (H, W) uint8, ink darker or lighter than the paper. Ink becomes 255 on 0, centred by its
     bounding box. Where it is in doubt which is ink, the likelier comes first, then the other.
+    look_closer: returns a better picture of the box of a character that is small in a reduced one.
     Raises ValueError(BLANK) if there is no ink.
     """
     formed = _as_formed(grey, side)
     if formed is not None:
         return formed[None]
-    return np.stack([_form(character, side) for character in _find(grey)])
+    found = _find(grey)
+    if look_closer and max(found[0].box[2:]) < SMALL and max(grey.shape) >= WORKING_SIDE:
+        with suppress(Exception):  # the first look has to do
+            found = _find(look_closer(found[0].box))
+    return np.stack([_form(character, side) for character in found])
 
 
 def _as_formed(grey: np.ndarray, side: int) -> np.ndarray | None:
@@ -223,15 +214,16 @@ def _as_formed(grey: np.ndarray, side: int) -> np.ndarray | None:
     as those do.
     """
     rows, columns = grey.shape
-    if rows != columns or rows % side:
-        return None
     border = _border(grey)
     low, high = int(border.min()), int(border.max())
-    if high - low > FAINTEST:
+    if rows != columns or rows % side or high - low > FAINTEST:
         return None
     ink = cv2.absdiff(grey, np.full_like(grey, (low + high) // 2))
-    outermost = max(TRACE * cv2.minMaxLoc(ink)[1], FAINTEST)
-    x, y, width, height = np.array(cv2.boundingRect(_above(ink, outermost))) / rows
+    threshold = max(TRACE * cv2.minMaxLoc(ink)[1], FAINTEST)
+    mask = _above(ink, threshold)
+    if rows > side:  # others are drawn larger, too, with specks
+        mask = _keep_character(mask, ink, 0)
+    x, y, width, height = np.array(cv2.boundingRect(mask)) / rows
     centred = max(abs(x + width / 2 - 0.5), abs(y + height / 2 - 0.5)) <= OFFSET
     if not centred or not FORMED[0] <= max(width, height) <= FORMED[1]:
         return None
@@ -242,20 +234,25 @@ def _as_formed(grey: np.ndarray, side: int) -> np.ndarray | None:
 class Character(NamedTuple):
     """A character found in a picture."""
 
-    light: np.ndarray  # (H, W) uint8, ink lighter than paper, nothing beside the character
+    light: np.ndarray  # (H, W) uint8, ink lighter than paper, and nothing beside the character
     paper: float  # level of the paper
     threshold: float  # level above which is ink
     box: tuple[int, ...]  # left, top, width, height
 
 
 def _find(grey: np.ndarray) -> list[Character]:
-    """Find the character, or two where it may as well be darker as lighter than the paper."""
+    """Return the character, or two where it may be darker or lighter than the paper."""
     _, contrast, *deviations = _split(grey)
     shaded = min(grey.shape) >= SHADED and min(deviations) > EVEN * contrast
     if shaded:
         grey = _without_trend(grey)
-    light = cv2.threshold(grey, 0, 1, cv2.THRESH_BINARY | cv2.THRESH_OTSU)[1]
-    vote = light.mean() + _border(light).mean() - 1  # paper is most of the area and of the border
+    mask = cv2.threshold(grey, 0, 1, cv2.THRESH_BINARY | cv2.THRESH_OTSU)[1]
+    share, border = mask.mean(), _border(mask).mean()
+    if min(grey.shape) >= SHADED:  # the border may be a frame
+        inset = round(RIM / 2 * min(grey.shape))
+        inner = _border(mask[inset:-inset, inset:-inset]).mean()
+        border = min(border, inner) if share < 0.5 else max(border, inner)
+    vote = share + border - 1  # paper is most of the area and of the border
     likelier = 255 - grey if vote > 0 else grey
     lights = [likelier] if abs(vote) > CLOSE else [likelier, 255 - likelier]
     found = [_find_light(_without_shadows(light) if shaded else light) for light in lights]
@@ -269,12 +266,14 @@ def _border(grey: np.ndarray) -> np.ndarray:
 
 
 def _above(grey: np.ndarray, threshold: float) -> np.ndarray:
-    """Return 1 where a picture is above a threshold, 0 elsewhere."""
+    """Return uint8, 1 where a picture is above a threshold."""
     return cv2.threshold(grey, threshold, 1, cv2.THRESH_BINARY)[1]
 
 
 def _split(grey: np.ndarray) -> tuple[float, float, float, float]:
-    """Tell dark from light (Otsu 1979): return the dark's mean, the contrast, both deviations."""
+    """Tell dark from light (Otsu 1979): mean of the dark, how far the light's is above it, and
+    both standard deviations.
+    """
     light = cv2.threshold(grey, 0, 1, cv2.THRESH_BINARY | cv2.THRESH_OTSU)[1]
     high, high_deviation = cv2.meanStdDev(grey, mask=light)
     low, low_deviation = cv2.meanStdDev(grey, mask=1 - light)
@@ -297,22 +296,24 @@ def _surfaces() -> np.ndarray:
 
 
 def _without_shadows(light: np.ndarray) -> np.ndarray:
-    """Take away the paper: what is left of a picture when all that is light and narrow is cut."""
+    """Take away the paper: what is left when all that is light and narrow is cut off."""
     small = cv2.resize(light, (GRID, GRID), interpolation=cv2.INTER_AREA)
-    paper = cv2.morphologyEx(small, cv2.MORPH_OPEN, np.ones((WINDOW, WINDOW), np.uint8))
-    return cv2.subtract(light, cv2.add(cv2.resize(paper, light.shape[::-1]), GRAIN))
+    window = np.ones((WINDOW, WINDOW), np.uint8)
+    paper = cv2.morphologyEx(small, cv2.MORPH_OPEN, window)
+    return cv2.subtract(light, cv2.add(cv2.resize(paper, light.shape[::-1]), 3))
 
 
 def _find_light(light: np.ndarray) -> Character | None:
-    """Find a character lighter than the paper in a picture (H, W) uint8."""
+    """Find a character lighter than the paper, (H, W) uint8."""
     paper, contrast, deviation, _ = _split(light)
-    if contrast < FAINTEST or (contrast < SIGNAL * deviation and _likeness(light) < NEIGHBOURS):
+    if contrast < FAINTEST or light.min() == light.max():
+        return None
+    small = min(light.shape) < SHADED
+    if _likeness(light) < NEIGHBOURS and (contrast < SIGNAL * deviation or not small):
         return None
     threshold = paper + INK * contrast
     parts = _keep_character(_above(light, threshold), light, paper)
-    if parts is None:
-        return None
-    reach = 5 if min(light.shape) >= SHADED else 3
+    reach = 3 if small else 5  # px: edges of strokes are kept with them
     around = cv2.dilate(parts, np.ones((reach, reach), np.uint8))
     light = np.where(around, light, np.uint8(paper))
     return Character(light, paper, threshold, cv2.boundingRect(parts))
@@ -322,19 +323,20 @@ def _likeness(grey: np.ndarray) -> float:
     """Return the correlation of pixels with the next ones across and down."""
     pairs = (grey[1:], grey[:-1]), (grey[:, 1:], grey[:, :-1])
     steps = sum(cv2.norm(*pair, cv2.NORM_L2SQR) for pair in pairs)
-    return 1 - steps / sum(pair[0].size for pair in pairs) / (2 * grey.var() + 1e-6)
+    number = sum(pair[0].size for pair in pairs)
+    return 1 - steps / number / (2 * grey.var() + 1e-6)
 
 
-def _keep_character(mask: np.ndarray, light: np.ndarray, paper: float) -> np.ndarray | None:
-    """Return of a mask of ink only the parts of the character; None where all is but grain.
+def _keep_character(mask: np.ndarray, light: np.ndarray, paper: float) -> np.ndarray:
+    """Return of a mask of ink only those parts that are of the character.
 
-    Others are specks; in pictures of some size also what lies along the border (frames, the table
-    beside the card), what comes in from it while the character is clear of it, and rules and box
-    edges, fainter than the character.
+    The others are specks; in pictures of some size also what lies along the border (frames, the
+    table beside the card), what comes in from it while the character is clear of it, and rules and
+    box edges, fainter than the character.
     """
-    count, labels, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
-    if count == 2:
+    if cv2.connectedComponents(mask)[0] < 3:
         return mask
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
     stats[0] = 0  # the paper
     x, y, width, height, area = stats.T
     rows, columns = mask.shape
@@ -345,38 +347,35 @@ def _keep_character(mask: np.ndarray, light: np.ndarray, paper: float) -> np.nda
     inner = labels[rim_y : rows - rim_y, rim_x : columns - rim_x]
     inside = np.bincount(inner.ravel(), minlength=count) * (area > 0)
     margin = np.min([x, y, columns - x - width, rows - y - height], axis=0)
-    extent = np.maximum(width / columns, height / rows)
-    along = (extent > 0.4) & (inside < 0.05 * area)
+    length = np.maximum(width / columns, height / rows)
+    along = (length > LONG) & (inside < 0.05 * area)
     main = (inside * ~along).argmax()
     keep = (area >= SPECK * area[main]) & ~along
-    if keep.sum() > PARTS:
-        return None
     if margin[main] > 1:
-        entering = (inside < 0.5 * area) | (area < 0.2 * area[main])
-        if margin[main] > 0.05 * min(rows, columns):
-            entering |= extent > 0.7
-        keep &= (margin > 1) | ~entering
+        minor = (inside < 0.5 * area) | (area < 0.2 * area[main])
+        keep &= (margin > 1) | ~minor
     peaks = np.zeros(count)
     for part in np.flatnonzero(keep):
         box = np.s_[y[part] : y[part] + height[part], x[part] : x[part] + width[part]]
         peaks[part] = light[box][labels[box] == part].max() - paper
-    most = peaks[area >= 0.2 * area[main]].max()
-    length = np.maximum(width, height)
-    keep &= (peaks >= FAINTER * most) | ((margin > 1) & (length < DOT * length[main]))
+    most = peaks[area >= 0.2 * area[keep].max()].max()
+    size = np.maximum(width, height)
+    foreign = (margin <= 1) | (size > 0.25 * size[main])
+    keep &= (peaks >= FAINTER * most) | ~foreign
     return keep.astype(np.uint8)[labels]
 
 
 def _form(character: Character, side: int) -> np.ndarray:
-    """Scale and centre a character and bring its strokes to one width: (side, side) uint8."""
+    """Scale, centre, and bring to the width of EMNIST's strokes: (side, side) uint8."""
     light, paper, threshold, box = character
     large = _resample(light, box, FINE, FINE + 2 * MARGIN, paper)
-    blurred = cv2.blur(cv2.blur(large, (WIDE, WIDE)), (WIDE, WIDE))
-    large = cv2.addWeighted(large, 2, blurred, -1, 0)
+    blurred = cv2.blur(cv2.blur(large, (BLURRED, BLURRED)), (BLURRED, BLURRED))
+    large = cv2.addWeighted(large, 1 + SHARP, blurred, -SHARP, 0)
     mask = _above(large, min(threshold, (paper + large.max()) / 2))
-    inside = cv2.distanceTransform(mask, cv2.DIST_L2, 3)  # px from the outline
+    inside = cv2.distanceTransform(mask, cv2.DIST_L2, 3)
     outside = cv2.distanceTransform(1 - mask, cv2.DIST_L2, 3)
     stroke = 4 * (cv2.mean(inside, mask)[0] - 0.5)
-    change = (STROKE * FINE - stroke) / 2  # px, on each side
+    change = (STROKE * FINE - stroke) / 2
     change = min(max(change, 1 - inside.max()), MARGIN - 2)
     ink = np.clip(inside - outside + (change + 0.5), 0, 1)
     box = cv2.boundingRect(_above(ink, 0.5).astype(np.uint8))
@@ -390,7 +389,8 @@ def _resample(
     """Return (side, side) with what is in a box at its centre, `length` px long."""
     x, y, width, height = box
     step = max(width, height) / length
-    if (reach := round(step)) > 1:  # average what warpAffine would pass over
+    reach = round(step)
+    if reach > 1:  # average what warpAffine would pass over
         edges = (reach, reach, reach, reach, cv2.BORDER_CONSTANT, None, paper)
         image = cv2.blur(cv2.copyMakeBorder(image, *edges), (reach, reach))
         x, y = x + reach, y + reach
