@@ -184,8 +184,8 @@ def test_tiny_pictures_keep_what_their_greys_say(side, least):
 
 @given(
     st.integers(0, 2**32 - 1),
-    st.integers(8, 150),
-    st.integers(8, 150),
+    st.integers(24, 150),
+    st.integers(24, 150),
     st.sampled_from(["uniform", "grain", "faint", "shaded"]),
 )
 @settings(max_examples=60, deadline=None)
