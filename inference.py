@@ -93,7 +93,6 @@ def list_pictures(inputs: Iterable[str]) -> tuple[list[str], list[OSError], Coun
 
 def start_pool(workers: int) -> ProcessPool:
     """Start processes that read pictures, so that what a file does to its decoder ends with it."""
-    os.environ["PYTHONSAFEPATH"] = "1"  # they take no code from the folder that we are run in
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the processes are enough
     pool = ProcessPool(workers, initializer=confine, context=multiprocessing.get_context("spawn"))
     pool.schedule(int)  # a first task starts them, while torch is imported
@@ -502,4 +501,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    os.environ["PYTHONSAFEPATH"] = "1"  # our processes take no code from the folder we are run in
     sys.exit(main())

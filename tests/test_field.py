@@ -17,10 +17,7 @@ MERGED = str.maketrans("OIL", "011")
 
 
 @pytest.mark.skipif(not FIELD.is_dir(), reason=f"needs the field sets, {FIELD}")
-def test_field_sets_reach_the_bars(
-    capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PYTHONSAFEPATH", "1")  # to be taken away afterwards
+def test_field_sets_reach_the_bars(capfd: pytest.CaptureFixture) -> None:
     sets: dict[str, list[tuple[str, list[str]]]] = {}
     for folder in filter(Path.is_dir, FIELD.iterdir()):  # each alone, as its share of digits is
         inference.main(["--input", str(folder), "--format", "json", "--topk", "36"])

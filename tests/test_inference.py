@@ -79,11 +79,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(
-    weights: Path, capfdbinary: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable]:
+def run(weights: Path, capfdbinary: pytest.CaptureFixture) -> Iterator[Callable]:
     """Run the command in this process; return exit code, stdout and stderr."""
-    monkeypatch.setenv("PYTHONSAFEPATH", "1")  # to be taken away afterwards
 
     def run_in_process(*arguments: object) -> tuple[int, bytes, str]:
         capfdbinary.readouterr()
