@@ -6,7 +6,7 @@ The pictures are drawn by tests/strokes.py. Baseline: the origin's way, one pict
 opened, resized, classified by its net (run8, float32) and printed, on as many threads as torch
 likes. Limit: Pillow's decoding alone in as many processes as there are cores. Ours: the whole
 command, less the time it takes for one picture. The three are timed in turn, ROUNDS times; a
-ratio is the median of the rounds'. SCRIPT in the environment: another inference.py.
+ratio is the median of the rounds'.
 """
 
 import argparse
@@ -28,29 +28,30 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "images_for_readme")]
 
 import strokes  # noqa: E402
+import study  # noqa: E402
 
 import CNN  # noqa: E402
 
-SCRIPT = os.environ.get("SCRIPT", ROOT / "inference.py")
-COUNTS = {"small": 20_000, "photos": 5_000, "many": 200_000}  # pictures
-DISTINCT = 360  # drawings at most; the files are copies of them
+OURS = [sys.executable, ROOT / "inference.py", "--input"]
+COUNTS = {"small": 20_000, "photos": 5_000, "many": 200_000, "startup": 1}  # pictures
+DISTINCT = 360  # drawings at most; the files are links to them
 ROUNDS = 3
 
 
 def draw(folder: Path, kind: str, count: int) -> list[Path]:
     """Write `count` pictures: PNGs of 28x28 as EMNIST's, or JPEGs of 800x600 as a phone's."""
-    folder.mkdir(parents=True)
-    suffix = "png" if kind == "small" else "jpg"
-    files = [folder / f"{i:06d}{CNN.ALPHABET[i % 36]}.{suffix}" for i in range(count)]
+    files = [folder / f"{i // 10_000:03d}" / f"{i:07d}" for i in range(count)]
+    files = [file.with_suffix(".jpg" if kind == "photos" else ".png") for file in files]
     for i, file in enumerate(files):
-        character, writer = file.stem[-1], strokes.hand(i)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        character, writer = CNN.ALPHABET[i % 36], strokes.hand(i)
         if i >= DISTINCT:
-            file.write_bytes(files[i % DISTINCT].read_bytes())
-        elif kind == "small":
-            Image.fromarray(strokes.emnist_picture(character, writer, form=i)).save(file)
-        else:
+            os.link(files[i % DISTINCT], file)
+        elif kind == "photos":
             ink = strokes.ink(character, writer, (800, 600))
             strokes.photograph(ink, np.random.default_rng(i)).save(file, quality=85)
+        else:
+            Image.fromarray(strokes.emnist_picture(character, writer, form=i)).save(file)
     return files
 
 
@@ -75,38 +76,35 @@ def limit(files: list[Path]) -> None:
         pool.map(decode, files, chunksize=64)
 
 
-def seconds(work: Callable, *arguments: object) -> float:
+def run(command: list) -> None:
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def seconds(work: Callable, argument: object) -> float:
     start = time.perf_counter()
-    work(*arguments)
+    work(argument)
     return time.perf_counter() - start
 
 
-def ours(path: Path) -> None:
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    subprocess.run([sys.executable, SCRIPT, "--input", path], check=True, **quiet)
-
-
-def compare(kind: str, count: int) -> dict:
+def compare(kind: str, count: int, folder: Path) -> dict:
     """Return pictures/s of baseline, limit and ours, and how many times the baseline ours are."""
-    rates: dict[str, list[float]] = {"baseline": [], "limit": [], "ours": []}
-    with tempfile.TemporaryDirectory() as top:
-        files = draw(Path(top) / kind, kind, count)
-        part = files[: max(1, count // 10)]  # enough to time the slow loop
-        baseline(files[:20])
-        for _ in range(ROUNDS):
-            rates["baseline"].append(len(part) / seconds(baseline, part))
-            rates["limit"].append(count / seconds(limit, files))
-            alone = seconds(ours, files[0])
-            rates["ours"].append(count / (seconds(ours, Path(top) / kind) - alone))
-    rates["ratio"] = [o / b for o, b in zip(rates["ours"], rates["baseline"], strict=True)]
+    rates: dict[str, list[float]] = {"baseline": [], "limit": [], "ours": [], "ratio": []}
+    files = draw(folder, kind, count)
+    part = files[: max(1, count // 10)]  # enough to time the slow loop
+    baseline(files[:20])
+    for _ in range(ROUNDS):
+        slow, best = len(part) / seconds(baseline, part), count / seconds(limit, files)
+        ours = count / (seconds(run, [*OURS, folder]) - seconds(run, [*OURS, files[0]]))
+        for values, value in zip(rates.values(), (slow, best, ours, ours / slow), strict=True):
+            values.append(value)
     middle = {name: round(statistics.median(values), 2) for name, values in rates.items()}
     return {"pictures": count, **middle}
 
 
-def startup() -> dict:
+def startup(kind: str, count: int, folder: Path) -> dict:
     """Return the time to classify one picture as a multiple of `import torch`."""
-    bare, one = [sys.executable, "-c", "import torch"], next((ROOT / "tests/samples").iterdir())
-    times = [(seconds(subprocess.run, bare), seconds(ours, one)) for _ in range(2 * ROUNDS + 1)]
+    bare, one = [sys.executable, "-c", "import torch"], [*OURS, *draw(folder, kind, count)]
+    times = [(seconds(run, bare), seconds(run, one)) for _ in range(2 * ROUNDS + 1)]
     ratio = statistics.median(first / bare for bare, first in times)
     return {"ratio": round(ratio, 3), "import_torch": round(min(times)[0], 2)}
 
@@ -119,46 +117,36 @@ def memory(pid: int) -> float:
     return own + sum(memory(int(child)) for child in " ".join(children).split())
 
 
-def many(count: int) -> dict:
-    """Run over hard links to a few hundred files; return memory and rate along the way."""
-    found: dict[str, list] = {"done": [], "seconds": [], "rate": [], "MB": []}
-    with tempfile.TemporaryDirectory() as top:
-        files = draw(Path(top) / "drawn", "small", DISTINCT)
-        for i in range(count):
-            folder = Path(top) / "links" / f"{i // 10_000:03d}"
-            folder.mkdir(parents=True, exist_ok=True)
-            os.link(files[i % len(files)], folder / f"{i:07d}.png")
-        command = [sys.executable, SCRIPT, "--input", Path(top) / "links"]
-        start, last, before = time.perf_counter(), 0.0, 0
-        run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        for done, _ in enumerate(run.stdout, 1):
-            if done in (1, count // 10, count // 2, count * 99 // 100):
-                now = time.perf_counter() - start
-                row = (done, round(now, 1), round((done - before) / (now - last)), memory(run.pid))
-                for values, value in zip(found.values(), row, strict=True):
-                    values.append(value)
-                last, before = now, done
-        if run.wait() or done != count:
-            sys.exit(f"{done:,} lines for {count:,} pictures, exit status {run.returncode}")
+def many(kind: str, count: int, folder: Path) -> dict:
+    """Return seconds and memory along the way over very many files."""
+    found: dict[str, list] = {"done": [], "seconds": [], "MB": []}
+    draw(folder, kind, count)
+    start = time.perf_counter()
+    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([*OURS, folder], **quiet)
+    for done, _ in enumerate(process.stdout, 1):
+        if done in (1, count // 10, count // 2, count * 99 // 100):
+            row = done, round(time.perf_counter() - start, 1), memory(process.pid)
+            for values, value in zip(found.values(), row, strict=True):
+                values.append(value)
+    if process.wait() or done != count:
+        sys.exit(f"{done:,} lines for {count:,} pictures, exit status {process.returncode}")
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="+", help="of small, photos, startup, many")
+    parser.add_argument("what", nargs="+", choices=COUNTS)
     parser.add_argument("--part", type=float, default=1, help="of the pictures")
     parser.add_argument("--keep", action="store_true", help="as the record bench-inference")
     args, results = parser.parse_args(), {}
     for name in args.what:
-        count = round(args.part * COUNTS.get(name, 0))
-        if name == "startup":
-            results[name] = startup()
-        else:
-            results[name] = many(count) if name == "many" else compare(name, count)
+        measure = {"startup": startup, "many": many}.get(name, compare)
+        with tempfile.TemporaryDirectory() as folder:
+            count = max(1, round(args.part * COUNTS[name]))
+            results[name] = measure(name, count, Path(folder))
         print(name, results[name], flush=True)
     if args.keep:
-        import study
-
         study.keep("bench-inference", "pictures drawn by tests/strokes.py", results)
 
 

@@ -2,34 +2,35 @@
 
     pip install -r requirements.txt -r tests/benchmarks/peers_requirements.txt
     apt-get install tesseract-ocr
-    python3 tests/benchmarks/peers.py ../shared/field        # --json: a line for runs.jsonl
+    python3 tests/benchmarks/peers.py ../shared/field        # --keep: as the record peers
 
 Each is called as its documentation says for a single character. All but ours get the pictures as
 Tesseract's asks for: ink dark, the character enlarged, a white border, by which all three gain, 8,
-9 and 21 points. Lower case counts as upper. Accuracy, alike and alphabet are those of
-field/score.py; RapidOCR can't be told an alphabet. Speeds count from file to answer, models loaded.
+9 and 21 points. Lower case counts as upper. Accuracy, alike and alphabet are those of the study;
+RapidOCR can't be told an alphabet. Speeds count from file to answer, models loaded.
 """
 
 import argparse
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import version
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
 ROOT = Path(__file__).resolve().parents[2]
-DIGITS, LETTERS = "0123456789", "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-ALIKE = str.maketrans("OIL", "011")
+sys.path[:0] = [str(ROOT), str(ROOT / "images_for_readme")]
+
+import study  # noqa: E402
+
+DIGITS, LETTERS = study.ALPHABET[:10], study.ALPHABET[10:]
 SIDE = 48  # px, longer side; of 32, 40, 48 and 64 the best for RapidOCR and ddddocr
 Answers = tuple[list[str], float]  # what is read in each picture, and in how many seconds
 
@@ -93,71 +94,46 @@ def tesseract(paths: list[Path], alphabet: str, folder: str) -> Answers:
     return pages[: len(paths)], time.perf_counter() - start
 
 
-def answer(peer: Callable, paths: list[Path], alphabet: str) -> tuple[dict[Path, str], float]:
-    """Return the first character of the alphabet that is read in each picture; seconds."""
-    with tempfile.TemporaryDirectory() as folder:
-        texts, seconds = peer(paths, alphabet, folder)
-    found = [re.search(f"[{alphabet}]", text.upper()) for text in texts]
-    return {p: match[0] if match else "" for p, match in zip(paths, found, strict=True)}, seconds
-
-
-def score(peer: Callable, sets: list[list[Path]]) -> dict:
-    """Return a figure for each set, and the rate over all."""
-    free, seconds = answer(peer, list(chain(*sets)), DIGITS + LETTERS)
-    told = dict(free)
-    for alphabet in (DIGITS, LETTERS):
-        held = [paths for paths in sets if {path.parent.name for path in paths} <= set(alphabet)]
-        told |= answer(peer, list(chain(*held)), alphabet)[0] if held else {}
-    figures: dict = {"rate": len(free) / seconds}
-    columns = [("accuracy", free, {}), ("alike", free, ALIKE), ("alphabet", told, {})]
-    for name, answers, table in columns:
-        right = {
-            p: a.translate(table) == p.parent.name.translate(table) for p, a in answers.items()
-        }
-        figures[name] = [100 * sum(right[path] for path in paths) / len(paths) for paths in sets]
-    return figures
+def measure(peer: Callable, sets: list[list[Path]]) -> dict:
+    """Return the study's scores of each set, and the rate over all."""
+    rows, rates = {}, []  # path: free, then its alphabet told
+    for kind in (DIGITS + LETTERS, DIGITS, LETTERS):
+        paths = [p for held in sets if {p.parent.name for p in held} <= set(kind) for p in held]
+        with tempfile.TemporaryDirectory() as folder:
+            texts, seconds = peer(paths, kind, folder)
+        rates.append(len(paths) / seconds)
+        for path, text in zip(paths, texts, strict=True):
+            read = (re.findall(f"[{kind}]", text.upper()) or [""])[0]
+            row = {"character": read, "alternatives": {}, "truth": path.parent.name}
+            rows.setdefault(path, []).append(row)
+    free = [study.score([rows[path][0] for path in held]) for held in sets]
+    told = [study.score([rows[path][-1] for path in held]) for held in sets]
+    scores = [(accuracy, alike, known[2]) for (accuracy, alike, _), known in zip(free, told)]  # noqa: B905
+    return {"rate": rates[0], **dict(zip(study.SCORES, zip(*scores)))}  # noqa: B905
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("field", type=Path, help="holds SET/LABEL/IMAGE")
     parser.add_argument("--pictures", type=int, default=80, help="of a set, evenly [%(default)s]")
-    parser.add_argument("--json", action="store_true", help="print a line for runs.jsonl")
+    parser.add_argument("--keep", action="store_true", help="as the record peers")
     args = parser.parse_args()
     os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
-
     sets = {}
     for folder in sorted(path for path in args.field.iterdir() if path.is_dir()):
         files = sorted(p for p in folder.glob("*/*") if p.suffix in (".png", ".jpg", ".jpeg"))
         number = min(args.pictures, len(files))
         sets[folder.name] = [files[i * len(files) // number] for i in range(number)]
-    shown = subprocess.check_output(["tesseract", "--version"], text=True)
+    shown = subprocess.check_output(["tesseract", "--version"], text=True).split()[1]
     peers = {"ours": ours, f"RapidOCR {version('rapidocr')}": rapidocr}
-    peers |= {f"ddddocr {version('ddddocr')}": ddddocr, f"Tesseract {shown.split()[1]}": tesseract}
-    rows = {name: score(peer, list(sets.values())) for name, peer in peers.items()}
-    if args.json:
-        cpu = re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text())
-        git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-        record = {
-            "name": "peers",
-            "kind": "benchmark",
-            "what": "inference.py and what people would use instead",
-            "command": shlex.join(["python3", *sys.argv]),
-            "machine": f"{cpu[1] if cpu else 'CPU'}, 1 core",
-            "data": f"{sum(map(len, sets.values()))} pictures of {len(sets)} field sets",
-            "commit": subprocess.check_output(git, text=True).strip(),
-            "set": list(sets),
-            "peer": list(rows),
-        }
-        print(json.dumps(record | {k: [row[k] for row in rows.values()] for k in rows["ours"]}))
-        return
-    lines = {name: [row["accuracy"][i] for row in rows.values()] for i, name in enumerate(sets)}
-    for name in ("accuracy", "alike", "alphabet"):
-        lines[f"mean {name}"] = [sum(row[name]) / len(sets) for row in rows.values()]
-    lines["pictures a second"] = [row["rate"] for row in rows.values()]
-    print(f"{'accuracy':<24}" + "".join(f"{name:>18}" for name in rows))
-    for name, values in lines.items():
-        print(f"{name:<24}" + "".join(f"{value:>18.1f}" for value in values))
+    peers |= {f"ddddocr {version('ddddocr')}": ddddocr, f"Tesseract {shown}": tesseract}
+    rows = {name: measure(peer, list(sets.values())) for name, peer in peers.items()}
+    for name, row in rows.items():
+        print(name, {key: round(np.mean(values), 1) for key, values in row.items()})
+    if args.keep:
+        figures = {key: [row[key] for row in rows.values()] for key in rows["ours"]}
+        data = f"{sum(map(len, sets.values()))} pictures of {len(sets)} field sets"
+        study.keep("peers", data, {"set": list(sets), "peer": list(rows), **figures})
 
 
 if __name__ == "__main__":
