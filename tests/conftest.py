@@ -8,8 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import strokes
+import torch
+
+import CNN
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # quickest for so little, several at a time
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,6 +31,22 @@ def root() -> Path:
 def tiny_emnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for `train.py --data`: 4 pictures a class to train on, 2 to test on."""
     return strokes.write_tiny_emnist(tmp_path_factory.mktemp("emnist"))
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of no merit whose answers differ from picture to picture, with a temperature."""
+    torch.manual_seed(5)
+    net = CNN.Net().train()
+    drawn = np.stack([strokes.emnist_picture(c, strokes.hand(1)) for c in CNN.ALPHABET])
+    with torch.no_grad():
+        for _ in range(30):  # until the norms know what they normalise
+            net(torch.from_numpy(drawn).unsqueeze(1) / 255)
+        net.fc2.weight.mul_(4)
+    net.temperature, net.lookalikes = 1.7, ["0O", "1IL"]
+    path = tmp_path_factory.mktemp("weights") / "model.pt"
+    CNN.save(net, path)
+    return path
 
 
 @pytest.fixture
