@@ -1,5 +1,6 @@
-"""What several tests need: the project's folder, a tiny EMNIST, a run of train.py."""
+"""What several tests need: a tiny EMNIST, weights, a run of train.py here or in a fork."""
 
+import multiprocessing
 import os
 import resource
 import signal
@@ -19,6 +20,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # quickest for so little, several
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = ["--arch", "run1", "--batch-size", "16", "--epochs", "3", "--warmup", "5"]
 SHORT += ["--device", "cpu", "--no-wandb"]
+FORKS = multiprocessing.get_context("forkserver")  # a process costs a fork, no import of torch
+FORKS.set_forkserver_preload(["train", "pytest"])
+os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT}/tests"  # where it finds them
 
 
 @pytest.fixture(scope="session")
@@ -65,6 +69,23 @@ def undone() -> Iterator[None]:
     socket.setdefaulttimeout(None)
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+def train_in_fork(said: Path, environ: dict[str, str], *flags: object) -> multiprocessing.Process:
+    """Run train.py in a process of its own; what it says goes to a file."""
+    process = FORKS.Process(target=_train, args=(said, environ, [str(flag) for flag in flags]))
+    process.start()
+    return process
+
+
+def _train(said: Path, environ: dict[str, str], flags: list[str]) -> None:
+    import train
+
+    os.environ.update(environ)
+    file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1), os.dup2(file, 2)
+    train.CHECKPOINT_SECONDS = -1  # one at every step
+    os._exit(train.main([*SHORT, *flags]))
 
 
 class Outcome(NamedTuple):

@@ -1,16 +1,15 @@
 """Training under torchrun: two gloo processes on the CPU."""
 
-import os
 import signal
+import socket
 import subprocess
 import sys
 from copy import deepcopy
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from conftest import SHORT
+from conftest import SHORT, train_in_fork
 
 import CNN
 import train
@@ -19,24 +18,6 @@ from train import Config, Machine, Split
 MACHINES = [Machine(torch.device("cpu"), torch.float32, rank, 2) for rank in range(2)]
 ALONE = MACHINES[0]._replace(world=1)
 CONFIG = Config(arch="run1", batch_size=16, epochs=12, warmup=5)  # 96 steps
-WATCH = """
-import os, sys
-watch = lambda event, args: event == "os.rename" and "model" in str(args[1]) and os.write(
-    2, f"rank {os.environ['RANK']} renames {os.path.basename(args[1])}\\n".encode())
-"RANK" in os.environ and sys.addaudithook(watch)
-"""
-
-
-def torchrun(data: Path, folder: Path) -> subprocess.Popen:
-    """Start two ranks of train.py, which say on stderr what they rename."""
-    (folder / "out").mkdir(parents=True)
-    (folder / "sitecustomize.py").write_text(WATCH)
-    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    flags = [*SHORT, "--epochs", "12", "--precision", "float32", "--data", str(data)]
-    command = [sys.executable, *ranks, train.__file__, *flags, "--out", "out/model.pt"]
-    environ, pipe = os.environ | {"PYTHONPATH": str(folder)}, subprocess.PIPE
-    options = {"env": environ, "cwd": folder, "stdout": pipe, "stderr": pipe, "text": True}
-    return subprocess.Popen(command, **options)
 
 
 def train_by_hand(split: Split, steps: int) -> dict[str, torch.Tensor]:
@@ -60,16 +41,19 @@ def train_by_hand(split: Split, steps: int) -> dict[str, torch.Tensor]:
 
 
 def test_two_ranks_share_the_work_and_the_first_writes_also_when_stopped(tiny_emnist, tmp_path):
-    whole, stopped = (torchrun(tiny_emnist, tmp_path / name) for name in ("whole", "stopped"))
+    flags = ["--epochs", "12", "--precision", "float32", "--data", tiny_emnist]
+    flags += ["--out", tmp_path / "model.pt"]
+    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command, pipe = [sys.executable, *ranks, train.__file__, *SHORT, *flags], subprocess.PIPE
+    stopped = subprocess.Popen(list(map(str, command)), stdout=pipe, stderr=pipe, text=True)
     for line in stopped.stderr:
         if line.startswith("epoch 1/12"):
             break
     stopped.send_signal(signal.SIGTERM)
     stdout, stderr = stopped.communicate(timeout=200)
-    assert stopped.returncode != 0
-    assert stdout == ""
+    assert (stopped.returncode != 0, stdout) == (True, "")
     assert stderr.count("stopped at your request; go on with the same command and --resume") == 1
-    (checkpoint,) = (tmp_path / "stopped" / "out").iterdir()
+    (checkpoint,) = tmp_path.iterdir()
     saved = torch.load(checkpoint, weights_only=True)
     assert 8 <= saved["step"] < 96
     both = train.read_emnist(tiny_emnist, train=True)
@@ -78,15 +62,26 @@ def test_two_ranks_share_the_work_and_the_first_writes_also_when_stopped(tiny_em
     for name, tensor in by_hand.items():
         torch.testing.assert_close(saved["net"][name], tensor, atol=1e-5, rtol=1e-4)
 
-    stdout, stderr = whole.communicate(timeout=200)
-    assert whole.returncode == 0, stderr
-    epochs = [line.partition(":")[0] for line in stderr.splitlines() if line.startswith("epoch ")]
-    assert epochs == [f"epoch {n}/12" for n in range(1, 13)]
-    assert stdout.count("most confused on test") == 1
-    (weights,) = (tmp_path / "whole" / "out").iterdir()
-    assert CNN.load(weights).figures["test"]["accuracy"] > 40
-    assert stderr.count("rank 0 renames model.pt") == 1
-    assert "rank 1" not in stderr
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    environ = {"TORCHELASTIC_RUN_ID": "any", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    environ |= {"MASTER_PORT": port}
+    said = [tmp_path / "said by 0", tmp_path / "said by 1"]
+    others = [
+        train_in_fork(said[rank], {**environ, "RANK": str(rank)}, *flags, "--resume")
+        for rank in range(2)
+    ]
+    for process in others:
+        process.join(100)
+    texts = [file.read_text() for file in said]
+    assert [process.exitcode for process in others] == [0, 0], texts
+    epochs = [line.partition(":")[0] for line in texts[0].splitlines() if line[:5] == "epoch"]
+    done = saved["step"] // 8
+    assert epochs == [f"epoch {n}/12" for n in range(done + 1, 13)]
+    assert texts[0].count("most confused on test") == 1
+    assert texts[1].count("epoch") + texts[1].count("most confused") == 0
+    assert CNN.load(tmp_path / "model.pt").figures["test"]["accuracy"] > 40
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "model.pt", *said]
 
 
 def test_ranks_share_each_batch_of_one_process_and_augment_it_differently(tiny_emnist, monkeypatch):

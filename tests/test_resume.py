@@ -1,6 +1,5 @@
 """A training that was killed, asked to end or given a damaged file ends as if it had not been."""
 
-import multiprocessing
 import os
 import signal
 import time
@@ -10,14 +9,12 @@ import numpy as np
 import pytest
 import strokes
 import torch
-from conftest import SHORT
+from conftest import train_in_fork
 
 import CNN
 import train
 
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["train", "pytest"])  # a process costs a fork, no import of torch
-KILLS = 12
+KILLS = 10
 CHECKPOINT = "model.checkpoint.pt"
 EPOCHS = ["--epochs", "8"]  # of 8 steps
 
@@ -62,26 +59,18 @@ def step_in(path: Path) -> int:
     return torch.load(path, weights_only=True)["step"] if path.exists() else 0
 
 
-def train_on(data: Path, out: Path) -> None:
-    """Train with a checkpoint after every step; half of the time is spent in writing them."""
-    os.dup2(os.open(out.with_name("said"), os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
-    train.CHECKPOINT_SECONDS = -1
-    train.main([*SHORT, *EPOCHS, "--data", str(data), "--out", str(out), "--resume"])
-
-
 def test_killed_again_and_again_it_ends_bit_for_bit_the_same(
-    run_train, uninterrupted, tiny_emnist, tmp_path, monkeypatch
+    run_train, uninterrupted, tiny_emnist, tmp_path
 ):
-    monkeypatch.setenv("PYTHONPATH", str(Path(train.__file__).parent))  # for the fork server
     random, checkpoint, steps = np.random.default_rng(5), tmp_path / CHECKPOINT, [0]
+    said, flags = tmp_path / "said", ["--data", tiny_emnist, "--out", tmp_path / "model.pt"]
     for _ in range(KILLS):
-        process = FORKS.Process(target=train_on, args=(tiny_emnist, tmp_path / "model.pt"))
-        process.start()
+        process = train_in_fork(said, {}, *EPOCHS, *flags, "--resume")
         before = checkpoint.exists() and checkpoint.stat().st_ino
         while not checkpoint.exists() or checkpoint.stat().st_ino == before:  # nothing new yet
-            assert process.is_alive(), (tmp_path / "said").read_text()
+            assert process.is_alive(), said.read_text()
             time.sleep(0.001)
-        time.sleep(random.uniform(0, 0.02))
+        time.sleep(random.uniform(0, 0.02))  # half of the time is spent in writing checkpoints
         process.kill()
         process.join()
         steps.append(step_in(checkpoint))
