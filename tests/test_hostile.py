@@ -15,6 +15,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import misbehaving
@@ -82,14 +83,11 @@ BOMBS = {  # all that has to be said to be too large, or is no picture at all
 }
 UNSOUND = {
     "empty.png": b"",
-    "one byte.jpg": b"\xff",
     "zeros.bmp": bytes(5000),
     "text.png": b"hello, I am a picture\n" * 9,
     "truncated.png": saved("PNG")[:900],
     "truncated.jpg": saved("JPEG")[:700],
     "thin.png": png(HUGE, 1, 8, 0, b""),
-    "nothing.png": png(0, 0, 8, 0, b""),
-    "no data.png": png(50, 50, 8, 0, b""),
     "wrong depth.png": png(50, 50, 77, 3, zlib.compress(bytes(2600))),
     "huge.gif": b"GIF89a" + struct.pack("<HHBBB", 65535, 65535, 0, 0, 0) + b",",
     "digits.pgm": b"P5 " + b"9" * 100_000 + b" 1 255 ",
@@ -98,9 +96,7 @@ UNSOUND = {
     "itself.tiff": b"II*\0" + struct.pack("<IHHHIII", 8, 1, 330, 4, 1, 8, 8),
     "vector.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n",
     "document.jpg": b"%PDF-1.7\n1 0 obj<<>>endobj\n",
-    "meta.bmp": b"\xd7\xcd\xc6\x9a" + bytes(100),
     "drawing.png": b"<svg xmlns='http://www.w3.org/2000/svg'><rect/></svg>",
-    "table.png": b"SIMPLE  =                    T" + b" " * 5000,
 }
 
 
@@ -208,54 +204,44 @@ def descendants(pid: int) -> list[int]:
 
 def seeds() -> dict[str, bytes]:
     """Return small sound pictures in every format that this Pillow writes, by suffix and mode."""
-    grey, colour, found = picture(), picture().convert("RGB"), {}
+    grey, found = picture(), {}
     variants = {mode: grey.convert(mode) for mode in ("L", "RGB", "RGBA", "1", "LA", "F")}
-    variants |= {"P": grey.quantize(16), "CMYK": colour.convert("CMYK")}
+    variants |= {"P": grey.quantize(16), "CMYK": grey.convert("RGB").convert("CMYK")}
     variants |= {"I;16": Image.fromarray(np.asarray(grey, np.uint16) * 200)}
-    for name in FORMATS:
-        for mode, variant in variants.items():
-            file = io.BytesIO()
-            try:
-                variant.save(file, name)
-            except (OSError, KeyError, ValueError):  # a mode that the format hasn't
-                continue
-            suffix = {"JPEG": "jpg", "TIFF": "tif"}.get(name, name.lower())
-            found[f"{mode}.{suffix}"] = file.getvalue()
-    for compression in ("tiff_lzw", "tiff_adobe_deflate", "jpeg", "packbits", "lzma", "zstd"):
+    packed = ("tiff_lzw", "tiff_adobe_deflate", "jpeg", "packbits", "lzma", "zstd")
+    ways = [(name, mode, {}) for name in FORMATS for mode in variants]
+    ways += [("TIFF", "RGB", {"compression": way}) for way in packed]
+    for name, mode, options in ways:
         file = io.BytesIO()
-        colour.save(file, "TIFF", compression=compression)
-        found[f"{compression}.tif"] = file.getvalue()
+        with suppress(OSError, KeyError, ValueError):  # a mode that the format hasn't
+            variants[mode].save(file, name, **options)
+            found[f"{mode}{options.get('compression', '')}.{name.lower()}"] = file.getvalue()
     return found
 
 
 def mutated(content: bytes, others: list[bytes], random: np.random.Generator) -> bytes:
-    """Damage a file in one to four of the ways that break decoders."""
+    """Damage a file, mostly its head, in one to four of the ways that break decoders."""
     data = bytearray(content)
     for _ in range(random.integers(1, 5)):
-        reach = 400 if random.random() < 0.7 else len(data)
-        at = int(random.integers(max(1, min(len(data), reach))))
-        length, other = int(random.integers(1, 9)), others[random.integers(len(others))]
-        replaced, new = [
-            (1, bytes(byte ^ 1 << length - 1 for byte in data[at : at + 1])),
-            (length, random.bytes(length)),
-            (4, [b"\xff" * 4, bytes(4), b"\x7f\xff\xff\xff"][length % 3]),
-            (len(data), b""),
-            (length, b""),
-            (0, random.bytes(length)),
-            (len(data), other[int(random.integers(len(other))) :]),
-            (0, data[at : at + 200] * int(random.integers(1, 20))),
-        ][random.integers(8)]
-        data[at : at + replaced] = new
+        at = int(random.integers(max(1, min(len(data), random.choice([400, 400, len(data)])))))
+        other = others[random.integers(len(others))]
+        new = [
+            random.bytes(int(random.integers(9))),
+            [b"\xff" * 4, bytes(4), b"\x7f\xff\xff\xff"][random.integers(3)],
+            data[at : at + 200] * int(random.integers(1, 20)),
+            other[int(random.integers(len(other))) :],
+        ][random.integers(4)]
+        data[at : at + int(random.choice([0, 1, len(new), len(new), len(data)]))] = new
     return bytes(data)
 
 
 def test_fuzz_every_file_ends_as_one_picture_or_one_error(errors_of, tmp_path: Path) -> None:
     count = int(os.environ.get("FUZZ_FILES", "1500"))
     random = np.random.default_rng(int(os.environ.get("FUZZ_SEED", "1")))
-    sound = seeds()
-    assert {name.partition(".")[2] for name in sound} >= {"png", "jpg", "gif", "tif", "webp", "tga"}
+    sound, answered = seeds(), 0
+    suffixes = {name.partition(".")[2] for name in sound}
+    assert suffixes >= {"png", "jpeg", "gif", "tiff", "webp", "tga"}
     names, contents = list(sound), list(sound.values())
-    answered = 0
     for start in range(0, count, 1500):
         paths = []
         for i in range(start, min(start + 1500, count)):
