@@ -24,12 +24,12 @@ def likely_digits(count: int, digits: int, sure: float, seed: int = 0) -> np.nda
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 1.0])
-def test_the_share_of_a_large_folder_is_found(share: float) -> None:
+def test_the_share_of_a_large_folder_is_found(share):
     found = inference.share_of_digits(likely_digits(5000, round(5000 * share), 4), USUAL)
     assert found == pytest.approx(share, abs=0.02)
 
 
-def test_few_pictures_change_little_and_twenty_tell() -> None:
+def test_few_pictures_change_little_and_twenty_tell():
     assert inference.share_of_digits(np.array([]), USUAL) == pytest.approx(USUAL)
     for count, most in ((1, 1.2), (3, 2.2)):  # nats, on every answer
         share = inference.share_of_digits(np.full(count, 0.01), USUAL)  # sure letters
@@ -59,7 +59,7 @@ def answers(capfd: pytest.CaptureFixture, *arguments: object) -> tuple[dict[str,
     return {Path(path).name: chr(int(code)) for code, path in rows}, said and int(said[1])
 
 
-def test_the_share_is_said_and_answers_follow_it(drawn: Path, capfd) -> None:
+def test_the_share_is_said_and_answers_follow_it(drawn, capfd):
     letters, share = answers(capfd, drawn / "letters")
     assert share < 12
     assert answers(capfd, drawn / "digits")[1] > 88
@@ -72,15 +72,13 @@ def test_the_share_is_said_and_answers_follow_it(drawn: Path, capfd) -> None:
     assert all(answer.isdigit() for answer in answers(capfd, drawn, "--digits", "1")[0].values())
 
 
-def test_a_known_kind_leaves_nothing_to_estimate(drawn: Path, capfd) -> None:
+def test_a_known_kind_leaves_nothing_to_estimate(drawn, capfd):
     auto, share = answers(capfd, drawn / "letters", "--alphabet", "A-Z")
     assert share is None
     assert auto == answers(capfd, drawn / "letters", "--alphabet", "A-Z", "--digits", "none")[0]
 
 
-def test_sorted_and_shuffled_folders_come_out_the_same(
-    drawn: Path, capfd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sorted_and_shuffled_folders_come_out_the_same(drawn, capfd, tmp_path, monkeypatch):
     monkeypatch.setattr(inference, "SAMPLE", 36)  # every other picture
     ordered, share = answers(capfd, drawn / "digits", drawn / "letters")
     files = [*drawn.glob("*/*.png")]

@@ -38,7 +38,7 @@ def split_of(count: int) -> train.Split:
     return train.Split(images, torch.arange(count) % 36)
 
 
-def test_folders_are_read_fitted_and_appended(pictures: Path, capsys) -> None:
+def test_folders_are_read_fitted_and_appended(pictures, capsys):
     both = train.add_extra(split_of(50), pictures)
     assert both.extra == 7
     assert [CNN.ALPHABET[i] for i in both.labels[50:].tolist()] == list("777AAQQ")
@@ -49,7 +49,7 @@ def test_folders_are_read_fitted_and_appended(pictures: Path, capsys) -> None:
     assert len(said.splitlines()) == 1
 
 
-def test_corrections_of_the_report_are_taken_as_well(pictures: Path, tmp_path: Path) -> None:
+def test_corrections_of_the_report_are_taken_as_well(pictures, tmp_path):
     table = tmp_path / "corrections.csv"
     table.write_text(f"path,character\n{pictures}/A/0.png,b\n{pictures}/7/4.png,1\n")
     both = train.add_extra(split_of(2), table)
@@ -57,9 +57,7 @@ def test_corrections_of_the_report_are_taken_as_well(pictures: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("name", ["AB", "Ä", ""])
-def test_folders_that_are_no_class_or_hold_nothing_end_it_with_the_layout(
-    tmp_path: Path, name: str
-) -> None:
+def test_folders_that_are_no_class_or_hold_nothing_end_it_with_the_layout(tmp_path, name):
     if name:
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.png").write_bytes(b"")
@@ -68,7 +66,7 @@ def test_folders_that_are_no_class_or_hold_nothing_end_it_with_the_layout(
         train.add_extra(split_of(2), tmp_path)
 
 
-def test_each_batch_holds_the_share_where_augmentation_changes(config: train.Config) -> None:
+def test_each_batch_holds_the_share_where_augmentation_changes(config):
     split = split_of(110)._replace(extra=10)
     config = replace(config, extra_share=0.25)
     rows = train.draw_epoch(split, 0, config)
@@ -82,9 +80,7 @@ def test_each_batch_holds_the_share_where_augmentation_changes(config: train.Con
     assert (train.draw_epoch(split, 1, config) != rows).any()
 
 
-def test_init_starts_from_a_file_and_learns_the_extra(
-    config: train.Config, pictures: Path, root: Path, tmp_path: Path
-) -> None:
+def test_init_starts_from_a_file_and_learns_the_extra(config, pictures, root, tmp_path):
     start = CNN.load(root / "model.pt")
     config = replace(config, init=root / "model.pt", extra=pictures, extra_share=0.25, lr=1e-4)
     state = train.start(config, train.set_up(config), 1)
@@ -99,7 +95,7 @@ def test_init_starts_from_a_file_and_learns_the_extra(
     assert net.digits == pytest.approx(share.item(), abs=0.08)
 
 
-def test_teachers_answers_are_learned(config: train.Config, tmp_path: Path) -> None:
+def test_teachers_answers_are_learned(config, tmp_path):
     teacher = CNN.Net("run1")
     with torch.no_grad():
         teacher.fc2.bias.zero_()[5] = 40  # it says 5, whatever it sees
@@ -116,7 +112,7 @@ def test_teachers_answers_are_learned(config: train.Config, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("setting", ["init", "teacher"])
-def test_a_file_that_is_no_net_is_one_line(config: train.Config, setting: str, tmp_path) -> None:
+def test_a_file_that_is_no_net_is_one_line(config, setting, tmp_path):
     bad = tmp_path / "bad.pt"
     bad.write_bytes(b"nothing")
     with pytest.raises(SystemExit, match=f"--{setting}: .*bad.pt: no weights of ours") as stopped:

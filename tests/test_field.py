@@ -20,7 +20,7 @@ LOWEST = 85.0  # of any set, its alphabet known
 
 
 @pytest.mark.skipif(not FIELD.is_dir(), reason=f"needs the field sets, {FIELD}")
-def test_field_sets_reach_the_bars(capfd: pytest.CaptureFixture) -> None:
+def test_field_sets_reach_the_bars(capfd):
     scores = {}
     for folder in filter(Path.is_dir, FIELD.iterdir()):  # each alone, as its share of digits is
         inference.main(["--input", str(folder), "--format", "json", "--topk", "36"])

@@ -100,7 +100,7 @@ UNSOUND = {
 }
 
 
-def test_files_that_are_no_sound_picture_are_errors(errors_of, tmp_path: Path) -> None:
+def test_files_that_are_no_sound_picture_are_errors(errors_of, tmp_path):
     for name, content in (UNSOUND | BOMBS).items():
         (tmp_path / name).write_bytes(content)
     picture().save(tmp_path / "sound.png")
@@ -119,7 +119,7 @@ def test_files_that_are_no_sound_picture_are_errors(errors_of, tmp_path: Path) -
     assert "too large" in errors["just a warning.png"]
 
 
-def test_what_is_no_file_is_never_opened(errors_of, tmp_path: Path) -> None:
+def test_what_is_no_file_is_never_opened(errors_of, tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     os.mkfifo(tmp_path / "pipe of a link.png")
     (tmp_path / "link.png").symlink_to("pipe of a link.png")
@@ -138,8 +138,8 @@ def test_what_is_no_file_is_never_opened(errors_of, tmp_path: Path) -> None:
 
 
 def test_a_picture_that_kills_or_stalls_its_decoder_is_the_only_one_lost(
-    errors_of, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    errors_of, tmp_path, monkeypatch
+):
     """And the processes that read pictures do without torch."""
     monkeypatch.setattr(inference, "prepare_all", misbehaving.prepare_all)
     names = [f"sound{i:03d}.png" for i in range(150)] + ["torch.png"]
@@ -158,9 +158,7 @@ def test_a_picture_that_kills_or_stalls_its_decoder_is_the_only_one_lost(
     }
 
 
-def test_processes_that_never_start_end_the_run_with_a_line(
-    weights: Path, capfd: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_processes_that_never_start_end_the_run_with_a_line(weights, capfd, tmp_path, monkeypatch):
     monkeypatch.setattr(inference, "confine", misbehaving.never_start)
     for i in range(200):
         picture().save(tmp_path / f"{i}.png")
@@ -170,9 +168,7 @@ def test_processes_that_never_start_end_the_run_with_a_line(
     assert err.splitlines()[-1].startswith("inference.py: ")
 
 
-def test_processes_take_no_code_from_where_they_run_and_end_with_their_parent(
-    weights: Path, tmp_path: Path
-) -> None:
+def test_processes_take_no_code_from_where_they_run_and_end_with_their_parent(weights, tmp_path):
     picture().save(tmp_path / "0.png")
     for i in range(1, 3000):
         os.link(tmp_path / "0.png", tmp_path / f"{i}.png")
@@ -235,7 +231,7 @@ def mutated(content: bytes, others: list[bytes], random: np.random.Generator) ->
     return bytes(data)
 
 
-def test_fuzz_every_file_ends_as_one_picture_or_one_error(errors_of, tmp_path: Path) -> None:
+def test_fuzz_every_file_ends_as_one_picture_or_one_error(errors_of, tmp_path):
     count = int(os.environ.get("FUZZ_FILES", "1500"))
     random = np.random.default_rng(int(os.environ.get("FUZZ_SEED", "1")))
     sound, answered = seeds(), 0

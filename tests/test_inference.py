@@ -90,7 +90,7 @@ def entries(text: bytes) -> list[dict]:
 # What it reads
 
 
-def test_orientation_flags_are_obeyed(run, tmp_path: Path) -> None:
+def test_orientation_flags_are_obeyed(run, tmp_path):
     upright = glyph(side=80).crop((10, 0, 70, 80))
     t = Image.Transpose
     stored_as = {2: t.FLIP_LEFT_RIGHT, 3: t.ROTATE_180, 4: t.FLIP_TOP_BOTTOM, 5: t.TRANSPOSE}
@@ -108,8 +108,8 @@ def test_orientation_flags_are_obeyed(run, tmp_path: Path) -> None:
 
 
 def test_order_is_that_of_inputs_then_a_folders_pictures_then_its_folders(
-    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    run, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     tree = ["2.png", "a.PNG", "B/1.png", "a/0.png", "a/b/1.png", "a b/1.png", "a.b/1.png"]
     for name in [*tree[::-1], "noted.txt"]:
@@ -123,9 +123,7 @@ def test_order_is_that_of_inputs_then_a_folders_pictures_then_its_folders(
     assert (code, out, "0 pictures: 3 other files passed over" in err) == (0, b"", True)
 
 
-def test_links_to_folders_are_passed_over_and_closed_folders_said(
-    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_links_to_folders_are_passed_over_and_closed_folders_said(run, tmp_path, monkeypatch):
     for name in "abc":
         (tmp_path / name).mkdir()
         glyph().save(tmp_path / name / "1.png")
@@ -147,9 +145,7 @@ def test_links_to_folders_are_passed_over_and_closed_folders_said(
     assert "3 pictures: 2 answered, 1 unreadable, 2 links to folders passed over" in err
 
 
-def test_memory_stays_flat_over_many_pictures(
-    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_stays_flat_over_many_pictures(run, tmp_path, monkeypatch):
     class Pool:
         """Reads at once what takes 10 kB a picture."""
 
@@ -179,7 +175,7 @@ def test_memory_stays_flat_over_many_pictures(
 # What it answers
 
 
-def test_answers_are_those_of_the_net_alone(run, folder: Path, weights: Path) -> None:
+def test_answers_are_those_of_the_net_alone(run, folder, weights):
     """By another route: the plain net in float32, one picture at a time."""
     _, out, _ = run("--input", folder, "--format", "json")
     net, same = CNN.load(weights), 0
@@ -196,9 +192,7 @@ def test_answers_are_those_of_the_net_alone(run, folder: Path, weights: Path) ->
     assert same >= 0.9 * len(answered)  # bfloat16 may turn what is nearly even
 
 
-def test_of_two_images_the_second_needs_to_be_surer_by_the_lean(
-    weights: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_two_images_the_second_needs_to_be_surer_by_the_lean(weights, monkeypatch):
     classifier = inference.Classifier(inference.parse(["--input", "x", "--model", str(weights)]))
     first, second = bytes(CNN.SIZE**2), b"\1" * CNN.SIZE**2
     pictures = [
@@ -216,7 +210,7 @@ def test_of_two_images_the_second_needs_to_be_surer_by_the_lean(
         assert (none, one.character) == (pictures[1], "3")
 
 
-def test_the_same_answers_for_any_batch_size_and_number_of_workers(run, folder: Path) -> None:
+def test_the_same_answers_for_any_batch_size_and_number_of_workers(run, folder):
     outputs = {
         run("--input", folder, "--format", "csv", "--batch-size", size, "--workers", workers)[1]
         for size, workers in ((7, 1), (64, 3), (1000, 1))
@@ -224,7 +218,7 @@ def test_the_same_answers_for_any_batch_size_and_number_of_workers(run, folder: 
     assert len(outputs) == 1
 
 
-def test_an_alphabet_restricts_and_renormalises(run, folder: Path) -> None:
+def test_an_alphabet_restricts_and_renormalises(run, folder):
     flags = ("--input", folder / "part1", "--format", "json", "--topk", 36)
     for line, few in zip(
         entries(run(*flags)[1]), entries(run(*flags, "--alphabet", "0-3x")[1]), strict=True
@@ -238,14 +232,14 @@ def test_an_alphabet_restricts_and_renormalises(run, folder: Path) -> None:
                 assert allowed[c] == pytest.approx(everything[c] / total, abs=0.02)
 
 
-def test_alphabets_are_characters_and_ranges_in_any_case() -> None:
+def test_alphabets_are_characters_and_ranges_in_any_case():
     expected = {"A-Z": CNN.ALPHABET[10:], "a-c9": "9ABC", "8-B": "89AB", "zZz": "Z"}
     expected |= {"A-HJ-NPR-Z0-9": CNN.ALPHABET.translate(dict.fromkeys(map(ord, "IOQ")))}
     for text, characters in expected.items():
         assert inference.parse_alphabet(text, CNN.ALPHABET) == characters
 
 
-def test_doubtful_answers_are_none_and_marked_in_each_format(run, folder: Path) -> None:
+def test_doubtful_answers_are_none_and_marked_in_each_format(run, folder):
     found = entries(run("--input", folder, "--format", "json")[1])
     confidence = {e["path"]: e["confidence"] for e in found}
     sure = sorted(p for p in confidence.values() if p)
@@ -265,7 +259,7 @@ def test_doubtful_answers_are_none_and_marked_in_each_format(run, folder: Path) 
     assert sum(bool(row["confidence"]) > bool(row["character"]) for row in table) == len(doubtful)
 
 
-def test_lookalikes_are_named_where_the_two_best_are_of_a_group(run, folder: Path) -> None:
+def test_lookalikes_are_named_where_the_two_best_are_of_a_group(run, folder):
     flags = ("--input", folder / "part0", "--topk", 1, "--format", "csv", "--alphabet")
     for alphabet, group in {"O0": "0O", "L1": "1IL", "0A": "", "0": ""}.items():
         assert {row["lookalike"] for row in rows(run(*flags, alphabet)[1])} == {group}
@@ -274,7 +268,7 @@ def test_lookalikes_are_named_where_the_two_best_are_of_a_group(run, folder: Pat
 # What it writes
 
 
-def test_ascii_lines_are_the_origins_one_for_each_picture(run, folder: Path) -> None:
+def test_ascii_lines_are_the_origins_one_for_each_picture(run, folder):
     code, out, err = run("--input", folder)
     lines = out.decode().splitlines()
     assert code == 1
@@ -289,7 +283,7 @@ def test_ascii_lines_are_the_origins_one_for_each_picture(run, folder: Path) -> 
     assert "84 pictures: 82 answered, 1 blank, 1 unreadable, 1 other files passed over" in err
 
 
-def test_csv_and_json_carry_every_path_to_the_byte(run, folder: Path) -> None:
+def test_csv_and_json_carry_every_path_to_the_byte(run, folder):
     _, lines, _ = run("--input", folder)
     _, table, table_err = run("--input", folder, "--format", "csv", "--topk", 36)
     of_csv = rows(table)
@@ -315,9 +309,7 @@ def test_csv_and_json_carry_every_path_to_the_byte(run, folder: Path) -> None:
     assert "blank.png" not in table_err  # it has a row
 
 
-def test_an_output_replaces_what_a_link_points_to_once_it_is_whole(
-    run, folder: Path, tmp_path: Path
-) -> None:
+def test_an_output_replaces_what_a_link_points_to_once_it_is_whole(run, folder, tmp_path):
     (tmp_path / "old").write_text("old")
     (tmp_path / "link").symlink_to(tmp_path / "old")
     assert run("--input", folder / "part1", "--output", tmp_path / "link")[:2] == (0, b"")
@@ -326,9 +318,7 @@ def test_an_output_replaces_what_a_link_points_to_once_it_is_whole(
     assert (tmp_path / "link").is_symlink()
 
 
-def test_under_torchrun_each_process_writes_its_share(
-    run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_under_torchrun_each_process_writes_its_share(run, folder, tmp_path, monkeypatch):
     flags = ("--input", folder, "--format", "csv")
     alone = run(*flags)[1]
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "any")
@@ -350,7 +340,7 @@ def test_under_torchrun_each_process_writes_its_share(
 # How it ends
 
 
-def test_every_flag_has_its_default_and_stands_in_help(run) -> None:
+def test_every_flag_has_its_default_and_stands_in_help(run):
     words = {"model": ROOT / "model.pt", "device": "auto", "alphabet": "0-9A-Z", "digits": "auto"}
     words |= {"min_confidence": 0, "topk": 3, "format": "ascii", "output": None, "report": None}
     words |= {"batch_size": 64, "workers": len(os.sched_getaffinity(0)), "timeout": 30}
@@ -384,8 +374,8 @@ WRONG = {  # flags, by comma: what the message names
 
 @pytest.mark.parametrize("flags", WRONG)
 def test_wrong_usage_is_one_clear_message_and_2_with_nothing_written(
-    run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str
-) -> None:
+    run, folder, tmp_path, monkeypatch, flags
+):
     monkeypatch.chdir(tmp_path)
     code, out, err = run("--input", folder, *flags.split(","))
     assert (code, out) == (2, b"")
@@ -395,9 +385,7 @@ def test_wrong_usage_is_one_clear_message_and_2_with_nothing_written(
 
 
 @pytest.mark.parametrize("flag", ["--output", "--report"])
-def test_what_is_read_is_never_replaced(
-    run, weights: Path, folder: Path, tmp_path: Path, flag: str
-) -> None:
+def test_what_is_read_is_never_replaced(run, weights, folder, tmp_path, flag):
     single, part = tmp_path / "single", tmp_path / "a.partial"  # which is taken on the way to a
     glyph().save(single, "PNG")
     glyph().save(part, "PNG")
@@ -414,9 +402,7 @@ def test_what_is_read_is_never_replaced(
     assert "--report" in err
 
 
-def test_a_full_disk_is_one_line_and_keeps_what_was_written(
-    run, folder: Path, tmp_path: Path, disk_for
-) -> None:
+def test_a_full_disk_is_one_line_and_keeps_what_was_written(run, folder, tmp_path, disk_for):
     disk_for(1000)
     code, out, err = run("--input", folder, "--output", tmp_path / "out", "--format", "json")
     disk_for(resource.RLIM_INFINITY)
@@ -430,9 +416,7 @@ def command(weights: Path, *arguments: object) -> list[str]:
     return [str(word) for word in words]
 
 
-def test_a_signal_ends_it_and_what_was_answered_stays(
-    weights: Path, folder: Path, tmp_path: Path
-) -> None:
+def test_a_signal_ends_it_and_what_was_answered_stays(weights, folder, tmp_path):
     many, started = tmp_path / "many", {}
     many.mkdir()
     for i in range(5000):  # enough for a second, however fast
@@ -457,7 +441,7 @@ def test_a_signal_ends_it_and_what_was_answered_stays(
         assert 0 < len(entries(part.read_bytes())) < 5000
 
 
-def test_a_reader_that_leaves_ends_it_quietly(weights: Path, folder: Path) -> None:
+def test_a_reader_that_leaves_ends_it_quietly(weights, folder):
     line = " ".join(command(weights, "--input", f"'{folder}'", "--batch-size", 1)) + " | head -n 1"
     end = subprocess.run(["bash", "-o", "pipefail", "-c", line], capture_output=True, text=True)
     assert end.stdout.count("\n") == 1

@@ -47,11 +47,11 @@ ORIGIN = {  # net, batch, optimizer, learning rate, weight decay, epochs, Xavier
 COLUMNS = ("arch", "batch_size", "optimizer", "lr", "weight_decay", "epochs", "xavier", "warmup")
 
 
-def test_figures_are_those_of_the_records() -> None:
+def test_figures_are_those_of_the_records():
     assert study.drifted() == [], "python3 images_for_readme/study.py tables"
 
 
-def test_no_figure_is_typed_by_hand() -> None:
+def test_no_figure_is_typed_by_hand():
     for text in TEXTS.values():
         assert not re.findall(r"\d\.\d+ ?%", MARK.sub("", text))
         # a line that begins with a mark is raw HTML to GitHub: nothing but the mark may be on it
@@ -59,7 +59,7 @@ def test_no_figure_is_typed_by_hand() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_parse(command: str) -> None:
+def test_commands_parse(command):
     words = shlex.split(command)
     assert words[0] in {"python3", "docker", "torchrun"}, "say how to check this one"
     for script, parse in {"inference.py": inference.parse, "train.py": train.parse}.items():
@@ -70,13 +70,13 @@ def test_commands_parse(command: str) -> None:
             assert (ROOT / word).exists(), word
 
 
-def test_the_two_first_commands_set_themselves_up_and_ci_runs_the_second() -> None:
+def test_the_two_first_commands_set_themselves_up_and_ci_runs_the_second():
     for command in COMMANDS[:2]:
         assert command.startswith("python3 -m venv .venv && .venv/bin/pip install")
     assert COMMANDS[1] in (ROOT / ".ci" / "run").read_text().splitlines()
 
 
-def test_shown_output_is_what_inference_prints() -> None:
+def test_shown_output_is_what_inference_prints():
     command = [sys.executable, "inference.py", "--input", "tests/samples", "--format", "csv"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     *lines, told = study.records()["samples"]["csv"]
@@ -90,7 +90,7 @@ def test_shown_output_is_what_inference_prints() -> None:
     assert study.records()["samples"]["ascii"][:-1] == codes
 
 
-def test_the_lines_of_python_print_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lines_of_python_print_what_they_say(monkeypatch):
     monkeypatch.chdir(ROOT)
     code, printed = re.search(r"```python\n(.*?)```\s+prints `(.*?)`", README, re.DOTALL).groups()
     with contextlib.redirect_stdout(io.StringIO()) as out:
@@ -98,7 +98,7 @@ def test_the_lines_of_python_print_what_they_say(monkeypatch: pytest.MonkeyPatch
     assert out.getvalue() == printed + "\n"
 
 
-def test_links_lead_somewhere() -> None:
+def test_links_lead_somewhere():
     for page, text in TEXTS.items():
         for link in re.findall(r"\]\((?!https?:)(.*?)\)", text):
             path, _, anchor = link.partition("#")
@@ -109,7 +109,7 @@ def test_links_lead_somewhere() -> None:
             assert not anchor or anchor in anchors, link
 
 
-def test_pages_and_pictures_are_small_and_used() -> None:
+def test_pages_and_pictures_are_small_and_used():
     pictures = list(IMAGES.glob("*.png"))
     shown = "".join(TEXTS.values())
     assert all(f"{picture.name})" in shown for picture in pictures)
@@ -119,7 +119,7 @@ def test_pages_and_pictures_are_small_and_used() -> None:
 
 
 @pytest.mark.parametrize("name", study.PICTURES)
-def test_picture_is_drawn_again_as_it_is_kept(name: str, tmp_path: Path) -> None:
+def test_picture_is_drawn_again_as_it_is_kept(name, tmp_path):
     study.draw(name, tmp_path)
     with Image.open(tmp_path / f"{name}.png") as new, Image.open(IMAGES / f"{name}.png") as kept:
         assert new.size == kept.size
@@ -127,7 +127,7 @@ def test_picture_is_drawn_again_as_it_is_kept(name: str, tmp_path: Path) -> None
     assert np.abs(difference).mean() < 2, f"python3 images_for_readme/study.py draw {name}"
 
 
-def test_records_say_what_was_run_where_and_on_what() -> None:
+def test_records_say_what_was_run_where_and_on_what():
     lines = [json.loads(line) for line in study.RECORDS.read_text().splitlines()]
     assert len({line["name"] for line in lines}) == len(lines)
     for line in lines:
@@ -137,7 +137,7 @@ def test_records_say_what_was_run_where_and_on_what() -> None:
         assert all(line.get(key) for key in keys), line["name"]
 
 
-def test_settings_of_the_nine_runs_are_the_origins() -> None:
+def test_settings_of_the_nine_runs_are_the_origins():
     for name, origin in ORIGIN.items():
         settings = study.records()[name]["settings"]
         assert tuple(settings[column] for column in COLUMNS) == origin
@@ -145,9 +145,7 @@ def test_settings_of_the_nine_runs_are_the_origins() -> None:
         assert fixed == ("constant", "none", 0)
 
 
-def test_a_run_is_recorded_and_repeated_by_its_name(
-    tiny_emnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_is_recorded_and_repeated_by_its_name(tiny_emnist, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "RECORDS", tmp_path / "runs.jsonl")
     monkeypatch.setattr(train, "load_splits", train.load_splits)  # to have it back
     study.RECORDS.write_text("")
@@ -167,7 +165,7 @@ def test_a_run_is_recorded_and_repeated_by_its_name(
 
 
 @pytest.mark.parametrize("name", ["shipped", "field", "sizes", "samples"])
-def test_what_was_measured_are_the_shipped_weights(name: str) -> None:
+def test_what_was_measured_are_the_shipped_weights(name):
     weights = hashlib.sha256((ROOT / "model.pt").read_bytes()).hexdigest()
     settings = study.records()[name]["settings"]
     assert settings["sha256"] == weights, f"python3 images_for_readme/study.py measure {name}"

@@ -70,7 +70,7 @@ def entries(page: Path) -> list[list]:
     return rows
 
 
-def test_every_picture_is_there_with_what_the_net_saw(page: Path) -> None:
+def test_every_picture_is_there_with_what_the_net_saw(page):
     found = {row[0].rpartition("/")[2]: row for row in entries(page)}
     assert len(found) == len(NAMES) + 5
     assert r"new\nline \x1b[31m \u202egnp.\u2028.png" in found
@@ -94,7 +94,7 @@ def test_every_picture_is_there_with_what_the_net_saw(page: Path) -> None:
         assert alike == ("0O" if {character, alternatives[0][0]} == {"0", "O"} else "")
 
 
-def test_the_page_fetches_nothing_and_no_name_leaves_its_string(page: Path) -> None:
+def test_the_page_fetches_nothing_and_no_name_leaves_its_string(page):
     text = page.read_text("ascii")
     assert text.count("<script") == text.count("</script") == 2
     assert "<!--" not in text
@@ -103,7 +103,7 @@ def test_the_page_fetches_nothing_and_no_name_leaves_its_string(page: Path) -> N
     assert not page.with_name("page.html.partial").exists()
 
 
-def test_answers_are_those_of_the_output(page: Path) -> None:
+def test_answers_are_those_of_the_output(page):
     lines = map(json.loads, page.with_name("answers").read_text().splitlines())
     assert [line["character"] or "" for line in lines] == [row[1] for row in entries(page)]
 
@@ -134,9 +134,7 @@ table ? table.text().then(end) : end("")
 
 @pytest.mark.skipif(not CHROMIUM, reason="needs Chromium: apt-get install chromium")
 @pytest.mark.parametrize("whole", [True, False])
-def test_a_browser_shows_all_of_it_and_runs_none_of_the_names(
-    page: Path, tmp_path: Path, whole: bool
-) -> None:
+def test_a_browser_shows_all_of_it_and_runs_none_of_the_names(page, tmp_path, whole):
     shown = tmp_path / "page.html"
     shown.write_text((page if whole else TEMPLATE).read_text() + ACTIONS)
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]

@@ -4,7 +4,6 @@ import string
 from pathlib import Path
 
 import numpy as np
-import pytest
 import strokes
 from PIL import Image
 
@@ -16,7 +15,7 @@ FILES = sorted(SAMPLES.iterdir())
 RIGHT, RIGHT_BUT_FOR_LOOKALIKES = 41, 42  # of 43; O and 0, among others, differ by context alone
 
 
-def test_samples_show_every_character_in_every_guise() -> None:
+def test_samples_show_every_character_in_every_guise():
     assert {path.name[0] for path in FILES} == set(CNN.ALPHABET)
     assert len(FILES) >= 40
     assert sum(path.stat().st_size for path in FILES) < 600_000
@@ -31,7 +30,7 @@ def test_samples_show_every_character_in_every_guise() -> None:
     assert formats >= {"PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM"}
 
 
-def test_samples_are_what_strokes_draws(tmp_path: Path) -> None:
+def test_samples_are_what_strokes_draws(tmp_path):
     strokes.write_samples(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [path.name for path in FILES]
     for path in FILES:
@@ -50,9 +49,7 @@ def _grey(picture: Image.Image) -> np.ndarray:
     return np.asarray(picture, np.float64) * (255 / white)
 
 
-def test_shipped_weights_read_the_samples(
-    root: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shipped_weights_read_the_samples(root, capfd, monkeypatch):
     monkeypatch.chdir(root)
     assert inference.main(["--input", "tests/samples"]) == 0
     lines = [line.split(", ", 1) for line in capfd.readouterr().out.splitlines()]
