@@ -21,7 +21,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def files(tiny_emnist) -> dict[str, bytes]:
     """The eight files of the tiny EMNIST, by their place in --data."""
     return content(tiny_emnist)
@@ -56,13 +56,15 @@ def test_archive_put_there_by_hand_needs_no_network(run_train, archive, files, t
     assert content(tmp_path / "data") == files | {"gzip.zip": archive}
 
 
-@pytest.mark.parametrize(
-    ("kind", "reason"),
-    [("absent", "HTTP Error 404"), ("cut short", "not found or corrupted"), ("stall", "timed out"),
-     ("web page", "not found or corrupted"), ("no network", "Connection refused")],
-)  # fmt: skip
+REASONS = {
+    "absent": "HTTP Error 404", "cut short": "not found or corrupted", "stall": "timed out",
+    "web page": "not found or corrupted", "no network": "Connection refused",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", REASONS)
 def test_failed_download_is_one_line_leaves_nothing_and_can_be_repeated(
-    run_train, archive, files, address, tmp_path, monkeypatch, kind, reason
+    run_train, archive, files, address, tmp_path, monkeypatch, kind
 ):
     data, source, patience = tmp_path / "data", tmp_path / "gzip.zip", socket.setdefaulttimeout
     monkeypatch.setattr(socket, "setdefaulttimeout", lambda seconds: patience(seconds / 100))
@@ -74,7 +76,7 @@ def test_failed_download_is_one_line_leaves_nothing_and_can_be_repeated(
             source.write_bytes(archive[:-2000] if kind == "cut short" else b"<html>Sign in!</html>")
         error = run_train("--data", data).error
     assert error.startswith(f"no EMNIST in {data}: ")
-    assert reason in error
+    assert REASONS[kind] in error
     assert f"put {url} (562 MB) into {data} by other means" in error
     assert content(data) == {}
 

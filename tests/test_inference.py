@@ -14,6 +14,7 @@ import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -100,7 +101,7 @@ def test_orientation_flags_are_obeyed(run, tmp_path):
         exif[0x112] = flag
         for suffix in ("jpg", "png", "webp", "tif"):
             upright.transpose(turn).save(tmp_path / f"{flag}.{suffix}", exif=exif)
-    code, out, _ = run("--input", tmp_path, "--model", ROOT / "model.pt")
+    code, out, _ = run("--input", tmp_path, "--model", ROOT / "model.pt")  # 0: all answered
     assert (code, {line[:3] for line in out.splitlines()}) == (0, {b"070"})
 
 
@@ -146,21 +147,13 @@ def test_links_to_folders_are_passed_over_and_closed_folders_said(run, tmp_path,
 
 
 def test_memory_stays_flat_over_many_pictures(run, tmp_path, monkeypatch):
-    class Pool:
-        """Reads at once what takes 10 kB a picture."""
+    def schedule(work: Callable, arguments: tuple, timeout: float) -> Future:
+        future, one = Future(), inference.Result("", error=inference.BLANK)
+        future.set_result([one._replace(path=p, thumbnail="x" * 10_000) for p in arguments[0]])
+        return future
 
-        def schedule(self, work: Callable, arguments: tuple, timeout: float) -> Future:
-            blank, future = {"error": inference.BLANK}, Future()
-            made = [inference.Result(p, **blank, thumbnail="x" * 10_000) for p in arguments[0]]
-            future.set_result(made)
-            return future
-
-        def stop(self) -> None:
-            """End nothing."""
-
-        join = stop
-
-    monkeypatch.setattr(inference, "start_pool", lambda workers: Pool())
+    pool = SimpleNamespace(schedule=schedule, stop=lambda: None, join=lambda: None)
+    monkeypatch.setattr(inference, "start_pool", lambda workers: pool)
     (tmp_path / "in").mkdir()
     for i in range(5000):
         (tmp_path / "in" / f"{i}.png").touch()
@@ -220,9 +213,8 @@ def test_the_same_answers_for_any_batch_size_and_number_of_workers(run, folder):
 
 def test_an_alphabet_restricts_and_renormalises(run, folder):
     flags = ("--input", folder / "part1", "--format", "json", "--topk", 36)
-    for line, few in zip(
-        entries(run(*flags)[1]), entries(run(*flags, "--alphabet", "0-3x")[1]), strict=True
-    ):
+    pairs = (entries(run(*flags, "--alphabet", text)[1]) for text in ("0-9A-Z", "0-3x"))
+    for line, few in zip(*pairs, strict=True):
         everything = {line["character"]: line["confidence"]} | line["alternatives"]
         allowed = {few["character"]: few["confidence"]} | few["alternatives"]
         assert set(allowed) == set("0123X")
@@ -232,31 +224,21 @@ def test_an_alphabet_restricts_and_renormalises(run, folder):
                 assert allowed[c] == pytest.approx(everything[c] / total, abs=0.02)
 
 
-def test_alphabets_are_characters_and_ranges_in_any_case():
-    expected = {"A-Z": CNN.ALPHABET[10:], "a-c9": "9ABC", "8-B": "89AB", "zZz": "Z"}
-    expected |= {"A-HJ-NPR-Z0-9": CNN.ALPHABET.translate(dict.fromkeys(map(ord, "IOQ")))}
-    for text, characters in expected.items():
-        assert inference.parse_alphabet(text, CNN.ALPHABET) == characters
-
-
 def test_doubtful_answers_are_none_and_marked_in_each_format(run, folder):
     found = entries(run("--input", folder, "--format", "json")[1])
     confidence = {e["path"]: e["confidence"] for e in found}
     sure = sorted(p for p in confidence.values() if p)
     limit = sure[len(sure) // 2]
-    flags = ("--input", folder, "--min-confidence", limit)
-    _, out, err = run(*flags, "--format", "json")
+    flags = ("--input", folder, "--min-confidence", limit, "--format")
+    _, out, err = run(*flags, "json")
     doubtful = [e for e in entries(out) if confidence[e["path"]] and not e["character"]]
     for entry in doubtful:
         assert entry["confidence"] == confidence[entry["path"]] <= limit
-        assert len(entry["alternatives"]) == 3
-        assert "--min-confidence" in entry["error"]
+        assert (len(entry["alternatives"]), "--min-confidence" in entry["error"]) == (3, True)
     assert 0.3 * len(sure) < len(doubtful) < 0.7 * len(sure)
     assert f"{len(doubtful)} doubtful" in err
-    code, out, _ = run(*flags)
+    code, out, _ = run(*flags, "ascii")
     assert (code, out.count(b"---, ")) == (1, len(doubtful))
-    table = rows(run(*flags, "--format", "csv")[1])
-    assert sum(bool(row["confidence"]) > bool(row["character"]) for row in table) == len(doubtful)
 
 
 def test_lookalikes_are_named_where_the_two_best_are_of_a_group(run, folder):

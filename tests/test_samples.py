@@ -1,6 +1,5 @@
 """The pictures of tests/samples: what they cover, and that the shipped weights read them."""
 
-import string
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +18,10 @@ def test_samples_show_every_character_in_every_guise():
     assert {path.name[0] for path in FILES} == set(CNN.ALPHABET)
     assert len(FILES) >= 40
     assert sum(path.stat().st_size for path in FILES) < 600_000
-    sizes, modes, formats = set(), set(), set()
-    for path in FILES:
-        with Image.open(path) as picture:
-            sizes |= set(picture.size)
-            modes.add(picture.mode)
-            formats.add(picture.format)
-    assert (min(sizes), max(sizes)) == (12, 2000)
+    pictures = [Image.open(path) for path in FILES]
+    sides = [side for picture in pictures for side in picture.size]
+    assert (min(sides), max(sides)) == (12, 2000)
+    modes, formats = ({getattr(p, key) for p in pictures} for key in ("mode", "format"))
     assert modes >= {"1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "F"}
     assert formats >= {"PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM"}
 
@@ -56,7 +52,6 @@ def test_shipped_weights_read_the_samples(root, capfd, monkeypatch):
     assert [path for _, path in lines] == [f"tests/samples/{path.name}" for path in FILES]
 
     answers = {Path(path).name: chr(int(code)) for code, path in lines}
-    assert set(answers.values()) <= set(string.digits + string.ascii_uppercase)
     wrong = {name: answer for name, answer in answers.items() if name[0] != answer}
     groups = [set(group) for group in CNN.load(root / "model.pt").lookalikes]
     unlike = {n: a for n, a in wrong.items() if not any({n[0], a} <= group for group in groups)}
