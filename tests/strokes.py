@@ -16,7 +16,6 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-EMNIST_SIDE, EMNIST_LONGEST = 28, 24  # px: the picture, and the character in it
 
 # One way to write a character a line, lower case among them: strokes between slashes, each the
 # points that the pen passes, x to the right and y down, in hundredths of the character's height.
@@ -214,8 +213,7 @@ def ink(
 
 def emnist_picture(character: str, writer: Hand, form: int = 0) -> np.ndarray:
     """Draw a character as EMNIST holds it, upright: (28, 28) uint8, ink 255 on 0, 24 px long."""
-    side = (EMNIST_SIDE, EMNIST_SIDE)
-    grey = ink(character, writer, side, form=form, longest=EMNIST_LONGEST)
+    grey = ink(character, writer, (28, 28), form=form, longest=24)
     blurred = Image.fromarray(np.uint8(255 * grey)).filter(ImageFilter.GaussianBlur(0.4))
     picture = np.asarray(blurred, np.float32)
     return np.uint8(np.round(picture * (255 / picture.max())))

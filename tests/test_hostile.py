@@ -158,16 +158,6 @@ def test_a_picture_that_kills_or_stalls_its_decoder_is_the_only_one_lost(
     }
 
 
-def test_processes_that_never_start_end_the_run_with_a_line(weights, capfd, tmp_path, monkeypatch):
-    monkeypatch.setattr(inference, "confine", misbehaving.never_start)
-    for i in range(200):
-        picture().save(tmp_path / f"{i}.png")
-    code = inference.main(["--input", str(tmp_path), "--model", str(weights)])
-    out, err = capfd.readouterr()
-    assert (code, out) == (2, "")
-    assert err.splitlines()[-1].startswith("inference.py: ")
-
-
 def test_processes_take_no_code_from_where_they_run_and_end_with_their_parent(weights, tmp_path):
     picture().save(tmp_path / "0.png")
     for i in range(1, 3000):

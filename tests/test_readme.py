@@ -33,18 +33,6 @@ COMMANDS = [
     for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     for line in block.splitlines()
 ]
-ORIGIN = {  # net, batch, optimizer, learning rate, weight decay, epochs, Xavier, warm-up
-    "run1": ("run1", 64, "adamw", 1e-4, 0.1, 5, False, 0),
-    "run2": ("run1", 64, "adamw", 1e-4, 0.1, 5, True, 200),
-    "run3": ("run1", 128, "sgd", 1e-4, 1e-4, 5, True, 500),
-    "run4": ("run1", 128, "adagrad", 1e-4, 1e-4, 5, True, 500),
-    "run5": ("run1", 128, "adam", 1e-5, 1e-4, 5, True, 500),
-    "run6": ("run1", 128, "adamw", 1e-5, 1e-4, 5, True, 500),
-    "run7": ("run7", 128, "adamw", 1e-4, 1e-4, 5, True, 500),
-    "run8": ("run8", 64, "adamw", 1e-4, 1e-4, 5, True, 500),
-    "run9": ("run8", 64, "adamw", 1e-4, 1e-4, 30, True, 500),
-}
-COLUMNS = ("arch", "batch_size", "optimizer", "lr", "weight_decay", "epochs", "xavier", "warmup")
 
 
 def test_figures_are_those_of_the_records():
@@ -135,14 +123,6 @@ def test_records_say_what_was_run_where_and_on_what():
         if line["kind"] == "run" and "broken off" not in line["what"]:
             keys += ["settings", "validation", "curve"]
         assert all(line.get(key) for key in keys), line["name"]
-
-
-def test_settings_of_the_nine_runs_are_the_origins():
-    for name, origin in ORIGIN.items():
-        settings = study.records()[name]["settings"]
-        assert tuple(settings[column] for column in COLUMNS) == origin
-        fixed = (settings["schedule"], settings["augment"], settings["ema"])
-        assert fixed == ("constant", "none", 0)
 
 
 def test_a_run_is_recorded_and_repeated_by_its_name(tiny_emnist, tmp_path, monkeypatch):

@@ -98,12 +98,6 @@ def test_signals_save_and_say_how_to_go_on(
     assert sorted(os.listdir(tmp_path)) == ["model.pt", "moved"]
 
 
-def test_ctrl_c_while_the_data_is_read_ends_it_with_its_code(run_train, monkeypatch, tmp_path):
-    monkeypatch.setattr(train, "held_out", lambda _: os.kill(os.getpid(), signal.SIGINT))
-    assert run_train() == (130, "", "")
-    assert os.listdir(tmp_path) == []
-
-
 def test_damaged_checkpoint_is_named_and_stays(run_train, interrupted, tmp_path):
     whole = interrupted.read_bytes()
     for damaged in (b"", b"not a checkpoint", whole[: len(whole) // 2], whole[:5439], "weights"):

@@ -32,6 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "images_for_readme")]
 import study  # noqa: E402
 
 DIGITS, LETTERS = study.ALPHABET[:10], study.ALPHABET[10:]
+PICTURES = 80  # of a set, evenly, at most
 SIDE = 48  # px, longer side; of 32, 40, 48 and 64 the best for RapidOCR and ddddocr
 
 
@@ -106,25 +107,22 @@ def measure(peer: Callable, sets: list[list[Path]]) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("field", type=Path, help="holds SET/LABEL/IMAGE")
-    parser.add_argument("--pictures", type=int, default=80, help="of a set, evenly [%(default)s]")
     parser.add_argument("--keep", action="store_true", help="as the record peers")
     args = parser.parse_args()
     os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
-    sets = {}
-    for folder in sorted(path for path in args.field.iterdir() if path.is_dir()):
-        files = sorted(folder.glob("*/*.[jp][pn]g"))
-        number = min(args.pictures, len(files))
-        sets[folder.name] = [files[i * len(files) // number] for i in range(number)]
+    files = [sorted(folder.glob("*/*.png")) for folder in sorted(args.field.iterdir())]
+    sets = [paths[:: -(-len(paths) // PICTURES)] for paths in files if paths]
+    names = [paths[0].parents[1].name for paths in sets]
     shown = subprocess.check_output(["tesseract", "--version"], text=True).split()[1]
     peers = {"ours": ours, f"RapidOCR {version('rapidocr')}": rapidocr}
     peers |= {f"ddddocr {version('ddddocr')}": ddddocr, f"Tesseract {shown}": tesseract}
-    rows = {name: measure(peer, list(sets.values())) for name, peer in peers.items()}
+    rows = {name: measure(peer, sets) for name, peer in peers.items()}
     for name, row in rows.items():
         print(name, {key: round(np.mean(values), 1) for key, values in row.items()})
     if args.keep:
         figures = {key: [row[key] for row in rows.values()] for key in rows["ours"]}
-        data = f"{sum(map(len, sets.values()))} pictures of {len(sets)} field sets"
-        study.keep("peers", data, {"set": list(sets), "peer": list(rows), **figures})
+        data = f"{sum(map(len, sets))} pictures of {len(sets)} field sets"
+        study.keep("peers", data, {"set": names, "peer": list(rows), **figures})
 
 
 if __name__ == "__main__":
