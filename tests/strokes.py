@@ -211,6 +211,12 @@ def ink(
     return np.asarray(canvas.reduce(finer), np.float32) / 255
 
 
+def drawn(character: str = "F", side: int = 64, seed: int = 3) -> Image.Image:
+    """Draw a character dark on white, with a broad pen and room around it."""
+    grey = ink(character, hand(seed, pen=0.12), (side, side))
+    return Image.fromarray((255 - 255 * grey).astype(np.uint8))
+
+
 def emnist_picture(character: str, writer: Hand, form: int = 0) -> np.ndarray:
     """Draw a character as EMNIST holds it, upright: (28, 28) uint8, ink 255 on 0, 24 px long."""
     grey = ink(character, writer, (28, 28), form=form, longest=24)

@@ -152,10 +152,13 @@ def test_other_content_is_refused(net, tmp_path):
     weights = good["state_dict"]
     others = [[1, 2], dict(weights), {"optimizer": {}, "model": weights}]
     others += [{key: good[key] for key in good if key != gone} for gone in good if gone != "digits"]
-    others += [good | {"arch": arch} for arch in ("run7", "run9")]
-    others += [good | {"alphabet": wrong} for wrong in ("A" * 36, CNN.ALPHABET[:35] + "é")]
-    for changed in ({"fc2.weight": ones}, {"fc2.weight": 1.0}, {"fc3.weight": ones}):
-        others.append(good | {"state_dict": weights | changed})
+    for change in (
+        *({"arch": arch} for arch in ("run7", "run9")),
+        *({"alphabet": wrong} for wrong in ("A" * 36, CNN.ALPHABET[:35] + "é")),
+        *({"state_dict": weights | {"fc2.weight": wrong}} for wrong in (ones, 1.0)),
+        {"state_dict": weights | {"fc3.weight": ones}},
+    ):
+        others.append(good | change)
     for other in others:
         torch.save(other, path)
         refusal(path)
@@ -175,9 +178,8 @@ def test_code_in_a_file_is_not_executed(net, tmp_path):
     path, trap, code = tmp_path / "model.pt", tmp_path / "trap", Code(tmp_path / "trap")
     CNN.save(net, path)
     good = torch.load(path, weights_only=True)
-    traps = [code, {code: 1}, good | {"figures": {"x": code}}]
-    traps.append(good | {"state_dict": good["state_dict"] | {"fc2.weight": code}})
-    for content in traps:
+    weights = good["state_dict"] | {"fc2.weight": code}
+    for content in (code, {code: 1}, good | {"figures": code}, good | {"state_dict": weights}):
         torch.save(content, path)
         assert "open" in refusal(path)
         assert not trap.exists()

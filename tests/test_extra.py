@@ -4,9 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import strokes
 import torch
-from PIL import Image
+from strokes import drawn
 
 import CNN
 import train
@@ -20,8 +19,7 @@ def pictures(tmp_path: Path) -> Path:
     folder = tmp_path / "extra"
     for i, character in enumerate("AAqq777"):
         (folder / character).mkdir(parents=True, exist_ok=True)
-        ink = strokes.ink(character.upper(), strokes.hand(i), (120, 120))
-        Image.fromarray((255 * (1 - ink)).astype("uint8")).save(folder / character / f"{i}.png")
+        drawn(character.upper(), seed=i).save(folder / character / f"{i}.png")
     (folder / "A" / "damaged.png").write_bytes(b"no picture")
     return folder
 

@@ -22,6 +22,7 @@ import misbehaving
 import numpy as np
 import pytest
 from PIL import Image
+from strokes import drawn
 
 import inference
 from picture import FORMATS
@@ -48,16 +49,9 @@ def errors_of(weights: Path, capfd: pytest.CaptureFixture) -> Callable:
     return run
 
 
-def picture(side: int = 24, seed: int = 0) -> Image.Image:
-    """Return a dark cross on light, with some noise."""
-    grey = np.random.default_rng(seed).integers(200, 255, (side, side))
-    grey[side // 2 - 2 : side // 2 + 2, 4:-4] = grey[4:-4, side // 2 - 2 : side // 2 + 2] = 20
-    return Image.fromarray(grey.astype(np.uint8))
-
-
 def saved(form: str, side: int = 200) -> bytes:
     file = io.BytesIO()
-    picture(side).save(file, form)
+    drawn(side=side).save(file, form)
     return file.getvalue()
 
 
@@ -103,7 +97,7 @@ UNSOUND = {
 def test_files_that_are_no_sound_picture_are_errors(errors_of, tmp_path):
     for name, content in (UNSOUND | BOMBS).items():
         (tmp_path / name).write_bytes(content)
-    picture().save(tmp_path / "sound.png")
+    drawn().save(tmp_path / "sound.png")
     # Pillow takes the rows that it needs, and stops
     inflating = png(50, 50, 8, 0, zlib.compress(bytes(200_000_000), 9))
     (tmp_path / "inflating.png").write_bytes(inflating)
@@ -147,7 +141,7 @@ def test_a_picture_that_kills_or_stalls_its_decoder_is_the_only_one_lost(
     for i, name in enumerate(bad):  # spread over several chunks
         names[31 * i + 7 : 31 * i + 7] = [name]
     for name in names:
-        picture().save(tmp_path / name)
+        drawn().save(tmp_path / name)
     errors = errors_of([tmp_path / name for name in names], "--timeout", 2, "--workers", 2)
     assert {name: error for name, error in errors.items() if error} == {
         "kill.png": "its decoder died (exit code -9)",
@@ -159,7 +153,7 @@ def test_a_picture_that_kills_or_stalls_its_decoder_is_the_only_one_lost(
 
 
 def test_processes_take_no_code_from_where_they_run_and_end_with_their_parent(weights, tmp_path):
-    picture().save(tmp_path / "0.png")
+    drawn().save(tmp_path / "0.png")
     for i in range(1, 3000):
         os.link(tmp_path / "0.png", tmp_path / f"{i}.png")
     for module in ("numpy", "random", "multiprocessing", "picture"):
@@ -190,7 +184,7 @@ def descendants(pid: int) -> list[int]:
 
 def seeds() -> dict[str, bytes]:
     """Return small sound pictures in every format that this Pillow writes, by suffix and mode."""
-    grey, found = picture(), {}
+    grey, found = drawn(), {}
     variants = {mode: grey.convert(mode) for mode in ("L", "RGB", "RGBA", "1", "LA", "F")}
     variants |= {"P": grey.quantize(16), "CMYK": grey.convert("RGB").convert("CMYK")}
     variants |= {"I;16": Image.fromarray(np.asarray(grey, np.uint16) * 200)}

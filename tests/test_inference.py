@@ -18,9 +18,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import strokes
 import torch
 from PIL import Image
+from strokes import drawn
 
 import CNN
 import inference
@@ -41,12 +41,6 @@ HOSTILE = (  # names that paths can have on Linux, each of a picture
 )
 
 
-def glyph(character: str = "F", side: int = 64, seed: int = 3) -> Image.Image:
-    """Draw a character dark on white, with room around it."""
-    ink = strokes.ink(character, strokes.hand(seed, pen=0.12), (side, side))
-    return Image.fromarray((255 - 255 * ink).astype(np.uint8))
-
-
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tree of 72 characters and some with hostile names, with a blank, a wreck and a text."""
@@ -54,9 +48,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i, character in enumerate(CNN.ALPHABET * 2):
         place = top / f"part{i % 3}" / ("deep" if i % 2 else ".")
         place.mkdir(parents=True, exist_ok=True)
-        glyph(character, 40 + i % 7, seed=i).save(place / f"{i:03d}_{character}.png")
+        drawn(character, 40 + i % 7, seed=i).save(place / f"{i:03d}_{character}.png")
     for i, name in enumerate(HOSTILE):
-        glyph("3AQ7"[i % 4], 48, seed=i).save(top / os.fsdecode(name), "PNG")
+        drawn("3AQ7"[i % 4], 48, seed=i).save(top / os.fsdecode(name), "PNG")
     Image.new("L", (30, 30), 90).save(top / "blank.png")
     (top / "wreck.jpg").write_bytes(b"\xff\xd8\xff\xe0 and nothing more")
     (top / "notes.txt").write_text("not a picture")
@@ -92,7 +86,7 @@ def entries(text: bytes) -> list[dict]:
 
 
 def test_orientation_flags_are_obeyed(run, tmp_path):
-    upright = glyph(side=80).crop((10, 0, 70, 80))
+    upright = drawn(side=80).crop((10, 0, 70, 80))
     t = Image.Transpose
     stored_as = {2: t.FLIP_LEFT_RIGHT, 3: t.ROTATE_180, 4: t.FLIP_TOP_BOTTOM, 5: t.TRANSPOSE}
     stored_as |= {6: t.ROTATE_90, 7: t.TRANSVERSE, 8: t.ROTATE_270}
@@ -115,7 +109,7 @@ def test_order_is_that_of_inputs_then_a_folders_pictures_then_its_folders(
     tree = ["2.png", "a.PNG", "B/1.png", "a/0.png", "a/b/1.png", "a b/1.png", "a.b/1.png"]
     for name in [*tree[::-1], "noted.txt"]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        glyph().save(tmp_path / name, "PNG")
+        drawn().save(tmp_path / name, "PNG")
     code, out, err = run("--input", "./a/", "noted.txt", ".", "a", "--format", "json")
     first = ["a/0.png", "a/b/1.png", "noted.txt"]  # an input given twice counts once
     assert (code, [entry["path"] for entry in entries(out)]) == (0, first + tree)
@@ -126,7 +120,7 @@ def test_order_is_that_of_inputs_then_a_folders_pictures_then_its_folders(
 
 def test_links_to_folders_are_passed_over(run, tmp_path):
     (tmp_path / "a").mkdir()
-    glyph().save(tmp_path / "a" / "1.png")
+    drawn().save(tmp_path / "a" / "1.png")
     (tmp_path / "loop").symlink_to(tmp_path)
     (tmp_path / "a" / "loop.png").symlink_to(tmp_path)
     code, out, err = run("--input", tmp_path)
@@ -357,8 +351,8 @@ def test_wrong_usage_is_one_clear_message_and_2_with_nothing_written(
 @pytest.mark.parametrize("flag", ["--output", "--report"])
 def test_what_is_read_is_never_replaced(run, weights, folder, tmp_path, flag):
     single, part = tmp_path / "single", tmp_path / "a.partial"  # which is taken on the way to a
-    glyph().save(single, "PNG")
-    glyph().save(part, "PNG")
+    drawn().save(single, "PNG")
+    drawn().save(part, "PNG")
     (tmp_path / "link").symlink_to(weights)
     page = ROOT / "report.html"
     for file in (single, weights, tmp_path / "link", folder / "blank.png", page, tmp_path / "a"):

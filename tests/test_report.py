@@ -41,8 +41,7 @@ def page(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i, name in enumerate(NAMES):
         path = top / "in" / name  # a name with / in it is a path
         path.parent.mkdir(parents=True, exist_ok=True)
-        ink = strokes.ink("O0I1"[i % 4], strokes.hand(i), (60, 50))
-        grey = Image.fromarray((255 - 255 * np.asarray(ink)).astype(np.uint8))
+        grey = strokes.drawn("O0I1"[i % 4], seed=i)
         grey.save(path, "PNG")
     grey.convert("RGB").resize((900, 700)).save(top / "in" / "photo.jpg")
     Image.fromarray(np.asarray(grey, np.float32) / 255).save(top / "in" / "float.tif")

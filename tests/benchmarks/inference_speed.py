@@ -11,14 +11,13 @@ ratio is the median of the rounds'.
 
 import argparse
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
+from subprocess import DEVNULL, PIPE
 
 import numpy as np
 import torch
@@ -55,58 +54,55 @@ def draw(folder: Path, kind: str, count: int) -> list[Path]:
     return files
 
 
-def baseline(files: list[Path]) -> None:
-    """Classify as the origin does: a Python loop, one picture at a time."""
-    net = CNN.Net("run8", **CNN.ORIGIN).eval()
+def baseline(files: list[Path]) -> float:
+    """Classify as the origin does, a picture at a time, in a Python loop; return the rate."""
+    net, start = CNN.Net("run8", **CNN.ORIGIN).eval(), time.perf_counter()
     with open(os.devnull, "w") as out, torch.no_grad():
         for path in files:
             picture = Image.open(path).convert("L").resize((CNN.SIZE, CNN.SIZE))
             pixels = torch.from_numpy(np.array(picture, np.float32) / 255)
             answer = net(pixels[None, None]).argmax(1).item()
             print(f"{ord(CNN.ALPHABET[answer]):03d}, {path}", file=out)
+    return len(files) / (time.perf_counter() - start)
 
 
 def decode(path: Path) -> None:
     Image.open(path).load()
 
 
-def limit(files: list[Path]) -> None:
-    """Decode, and nothing else, in all cores."""
+def limit(files: list[Path]) -> float:
+    """Decode, and nothing else, in all cores; return the rate."""
+    start = time.perf_counter()
     with get_context("fork").Pool() as pool:
         pool.map(decode, files, chunksize=64)
+    return len(files) / (time.perf_counter() - start)
 
 
-def run(command: list) -> None:
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-def seconds(work: Callable, argument: object) -> float:
-    start = time.perf_counter()
-    work(argument)
+def seconds(*command: object) -> float:
+    start, quiet = time.perf_counter(), {"stdout": PIPE, "stderr": DEVNULL}
+    subprocess.run(list(map(str, command)), check=True, **quiet)
     return time.perf_counter() - start
 
 
 def compare(kind: str, count: int, folder: Path) -> dict:
     """Return pictures/s of baseline, limit and ours, and how many times the baseline ours are."""
-    rates: dict[str, list[float]] = {"baseline": [], "limit": [], "ours": [], "ratio": []}
-    files = draw(folder, kind, count)
+    files, rows = draw(folder, kind, count), []
     part = files[: max(1, count // 10)]  # enough to time the slow loop
     baseline(files[:20])
     for _ in range(ROUNDS):
-        slow, best = len(part) / seconds(baseline, part), count / seconds(limit, files)
-        ours = count / (seconds(run, [*OURS, folder]) - seconds(run, [*OURS, files[0]]))
-        for values, value in zip(rates.values(), (slow, best, ours, ours / slow), strict=True):
-            values.append(value)
-    middle = {name: round(statistics.median(values), 2) for name, values in rates.items()}
-    return {"pictures": count, **middle}
+        slow, best = baseline(part), limit(files)
+        ours = count / (seconds(*OURS, folder) - seconds(*OURS, files[0]))
+        rows.append((slow, best, ours, ours / slow))
+    names = ("pictures", "baseline", "limit", "ours", "ratio")
+    return dict(zip(names, (count, *np.median(rows, axis=0).round(2).tolist()), strict=True))
 
 
 def startup(kind: str, count: int, folder: Path) -> dict:
     """Return the time to classify one picture as a multiple of `import torch`."""
-    bare, one = [sys.executable, "-c", "import torch"], [*OURS, *draw(folder, kind, count)]
-    times = [(seconds(run, bare), seconds(run, one)) for _ in range(2 * ROUNDS + 1)]
-    ratio = statistics.median(first / bare for bare, first in times)
-    return {"ratio": round(ratio, 3), "import_torch": round(min(times)[0], 2)}
+    one = [*OURS, *draw(folder, kind, count)]
+    times = [(seconds(sys.executable, "-c", "import torch"), seconds(*one)) for _ in range(7)]
+    ratio = np.median([first / bare for bare, first in times])
+    return {"ratio": round(ratio.item(), 3), "import_torch": round(min(times)[0], 2)}
 
 
 def memory(pid: int) -> float:
@@ -119,19 +115,15 @@ def memory(pid: int) -> float:
 
 def many(kind: str, count: int, folder: Path) -> dict:
     """Return seconds and memory along the way over very many files."""
-    found: dict[str, list] = {"done": [], "seconds": [], "MB": []}
     draw(folder, kind, count)
-    start = time.perf_counter()
-    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen([*OURS, folder], **quiet)
+    start, rows = time.perf_counter(), []
+    process = subprocess.Popen([*OURS, folder], stdout=PIPE, stderr=DEVNULL)
     for done, _ in enumerate(process.stdout, 1):
         if done in (1, count // 10, count // 2, count * 99 // 100):
-            row = done, round(time.perf_counter() - start, 1), memory(process.pid)
-            for values, value in zip(found.values(), row, strict=True):
-                values.append(value)
+            rows.append((done, round(time.perf_counter() - start, 1), memory(process.pid)))
     if process.wait() or done != count:
         sys.exit(f"{done:,} lines for {count:,} pictures, exit status {process.returncode}")
-    return found
+    return dict(zip(("done", "seconds", "MB"), map(list, zip(*rows)), strict=True))  # noqa: B905
 
 
 def main() -> None:

@@ -63,27 +63,21 @@ def compare(config: Config, machine: Machine, training: Split, steps: int, round
         log = train.Log(config, enabled=False, run_id=None)
         train.learn(train.start(config, machine, count), few, few, config, machine, log)
     rate = statistics.median(ours[1:])
-    return {
-        "build": build,
-        "limit": statistics.median(bare[1:]),
-        "ours": rate,
-        "ratio": statistics.median(o / b for o, b in zip(ours[1:], bare[1:], strict=True)),
-        "epoch": len(training.labels) / rate,
-        "peak": torch.cuda.max_memory_allocated() / 1e6
-        if cuda
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
-    }
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    ratio = statistics.median(o / b for o, b in zip(ours[1:], bare[1:], strict=True))
+    found = {"build": build, "limit": statistics.median(bare[1:]), "ours": rate, "ratio": ratio}
+    peak = torch.cuda.max_memory_allocated() / 1e6 if cuda else peak
+    return found | {"epoch": len(training.labels) / rate, "peak": peak}
 
 
 def time_to(target: float, config: Config, pictures: int) -> None:
     """Train with a short schedule; print when validation first reached the target."""
-    seconds, text = 0.0, "not reached in"
+    seconds = 0.0
     for entry in train.train(config)["history"]:
         seconds += pictures / entry["images/s"]  # compiling counts, validation doesn't
         if entry["accuracy"] >= target:
-            text = f"epoch {entry['epoch']} of {config.epochs}, after"
-            break
-    print(f"{target} % on validation: {text} {seconds:.1f} s")
+            return print(f"{target} % on validation: {seconds:.1f} s, epoch {entry['epoch']}")
+    print(f"{target} % on validation: not in {config.epochs} epochs, {seconds:.1f} s")
 
 
 def main() -> None:
