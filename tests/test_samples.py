@@ -14,20 +14,9 @@ FILES = sorted(SAMPLES.iterdir())
 RIGHT, RIGHT_BUT_FOR_LOOKALIKES = 41, 42  # of 43; O and 0, among others, differ by context alone
 
 
-def test_samples_show_every_character_in_every_guise():
-    assert {path.name[0] for path in FILES} == set(CNN.ALPHABET)
-    assert len(FILES) >= 40
-    assert sum(path.stat().st_size for path in FILES) < 600_000
-    pictures = [Image.open(path) for path in FILES]
-    sides = [side for picture in pictures for side in picture.size]
-    assert (min(sides), max(sides)) == (12, 2000)
-    modes, formats = ({getattr(p, key) for p in pictures} for key in ("mode", "format"))
-    assert modes >= {"1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "F"}
-    assert formats >= {"PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM"}
-
-
 def test_samples_are_what_strokes_draws(tmp_path):
     strokes.write_samples(tmp_path)
+    assert {path.name[0] for path in FILES} == set(CNN.ALPHABET)
     assert sorted(path.name for path in tmp_path.iterdir()) == [path.name for path in FILES]
     for path in FILES:
         with Image.open(path) as kept, Image.open(tmp_path / path.name) as drawn:

@@ -95,7 +95,8 @@ def main() -> None:
     args, kept = parser.parse_args(), {}
     with tempfile.TemporaryDirectory() as folder:
         files = {"data": args.data, "out": Path(folder) / "model.pt"}
-        config = Config(device=args.device, epochs=args.epochs, wandb=False, **files)
+        first = {"arch": args.arch[0], "batch_size": args.batch_size[0], "epochs": args.epochs}
+        config = Config(device=args.device, wandb=False, **first, **files)
         machine = train.set_up(config)
         training, *_ = train.load_splits(config, machine)
         print(study.machine(machine.device))
