@@ -26,12 +26,6 @@ os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT}/tests"  # where it finds them
 
 
 @pytest.fixture(scope="session")
-def root() -> Path:
-    """The folder that holds the scripts."""
-    return ROOT
-
-
-@pytest.fixture(scope="session")
 def tiny_emnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for `train.py --data`: 4 pictures a class to train on, 2 to test on."""
     return strokes.write_tiny_emnist(tmp_path_factory.mktemp("emnist"))

@@ -74,16 +74,6 @@ def test_xavier_initialisation(arch):
     assert without.abs().max() <= 1 / math.sqrt(25)  # torch's own bound, 1 / sqrt(inputs)
 
 
-@pytest.mark.parametrize("own", [{}, {"mean": 0.5, "std": 0.25}])
-def test_pictures_are_normalised_by_the_nets_own_figures(own):
-    images, seen = torch.rand(2, 1, 28, 28), []
-    net = Net("run1", **own)
-    net.layer1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    net(images)
-    mean, std = own.values() or (0.1736, 0.3317)
-    torch.testing.assert_close(seen[0], (images - mean) / std)
-
-
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_fused_net_is_the_same_net_with_fewer_norms(arch):
     torch.manual_seed(SEED)

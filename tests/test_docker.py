@@ -11,6 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 WHEELS = os.environ.get("TEST_IMAGE")
 TAG = "localhost/characters-test"
@@ -24,12 +25,12 @@ def output(*command: str | Path) -> str:
 
 
 @pytest.fixture
-def answers(root: Path) -> list[str]:
+def answers() -> list[str]:
     """What the image prints for tests/samples, without a network."""
     if not WHEELS:
         pytest.skip("builds the image only where TEST_IMAGE says which: cpu or cuda")
-    build = ["--tag", TAG, "--build-arg", f"WHEELS={WHEELS}", root]
-    volume = ["--volume", f"{root}/tests/samples:/test/data:ro"]
+    build = ["--tag", TAG, "--build-arg", f"WHEELS={WHEELS}", ROOT]
+    volume = ["--volume", f"{ROOT}/tests/samples:/test/data:ro"]
     if subprocess.run(["docker", "info"], capture_output=True, check=False).returncode == 0:
         output("docker", "build", *build)
         closed = ["--rm", "--network", "none", "--read-only", "--cap-drop", "ALL"]
@@ -45,8 +46,8 @@ def answers(root: Path) -> list[str]:
     return said
 
 
-def test_image_names_the_samples(answers, root):
-    files = sorted((root / "tests" / "samples").iterdir())
+def test_image_names_the_samples(answers):
+    files = sorted((ROOT / "tests" / "samples").iterdir())
     assert [line[5:] for line in answers] == [f"/test/data/{file.name}" for file in files]
     right = sum(
         chr(int(line[:3])) == file.name[0] for line, file in zip(answers, files, strict=True)

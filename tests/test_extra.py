@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from strokes import drawn
 
 import CNN
@@ -77,9 +78,9 @@ def test_each_batch_holds_the_share_where_augmentation_changes(config):
     assert (train.draw_epoch(split, 1, config) != rows).any()
 
 
-def test_init_starts_from_a_file_and_learns_the_extra(config, pictures, root, tmp_path):
-    start = CNN.load(root / "model.pt")
-    config = replace(config, init=root / "model.pt", extra=pictures, extra_share=0.25, lr=1e-4)
+def test_init_starts_from_a_file_and_learns_the_extra(config, pictures, tmp_path):
+    start = CNN.load(ROOT / "model.pt")
+    config = replace(config, init=ROOT / "model.pt", extra=pictures, extra_share=0.25, lr=1e-4)
     state = train.start(config, train.set_up(config), 1)
     for key, value in start.state_dict().items():
         torch.testing.assert_close(state.net.state_dict()[key], value)

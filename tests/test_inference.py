@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from strokes import drawn
 
@@ -26,7 +27,6 @@ import CNN
 import inference
 from picture import prepare
 
-ROOT = Path(__file__).parents[1]
 HOSTILE = (  # names that paths can have on Linux, each of a picture
     b'comma, and "quote".png',
     b"new\nline.png",

@@ -75,12 +75,6 @@ def emnist_like(lines, width=12) -> np.ndarray:
     return (small * 255 / small.max()).astype(np.uint8)
 
 
-@pytest.mark.parametrize("side", [12, 20, 40, 100, 250])
-def test_the_polarity_makes_no_difference(side):
-    picture = draw(side=side)
-    np.testing.assert_array_equal(fit_one(picture), fit_one(255 - picture))
-
-
 def test_the_character_is_centred_and_as_long_as_emnists():
     aside = np.pad(draw(), ((0, 90), (40, 0)), "edge")
     for grey in (draw(), draw(margin=1.0), draw(side=30), aside):

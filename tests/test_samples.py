@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import strokes
+from conftest import ROOT
 from PIL import Image
 
 import CNN
@@ -34,15 +35,15 @@ def _grey(picture: Image.Image) -> np.ndarray:
     return np.asarray(picture, np.float64) * (255 / white)
 
 
-def test_shipped_weights_read_the_samples(root, capfd, monkeypatch):
-    monkeypatch.chdir(root)
+def test_shipped_weights_read_the_samples(capfd, monkeypatch):
+    monkeypatch.chdir(ROOT)
     assert inference.main(["--input", "tests/samples"]) == 0
     lines = [line.split(", ", 1) for line in capfd.readouterr().out.splitlines()]
     assert [path for _, path in lines] == [f"tests/samples/{path.name}" for path in FILES]
 
     answers = {Path(path).name: chr(int(code)) for code, path in lines}
     wrong = {name: answer for name, answer in answers.items() if name[0] != answer}
-    groups = [set(group) for group in CNN.load(root / "model.pt").lookalikes]
+    groups = [set(group) for group in CNN.load(ROOT / "model.pt").lookalikes]
     unlike = {n: a for n, a in wrong.items() if not any({n[0], a} <= group for group in groups)}
     assert len(FILES) - len(wrong) >= RIGHT, wrong
     assert len(FILES) - len(unlike) >= RIGHT_BUT_FOR_LOOKALIKES, unlike
