@@ -11,7 +11,6 @@ import stat
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
 from typing import NamedTuple
 
 import cv2
@@ -35,18 +34,17 @@ SMALL = 14  # px: a shorter character, in a picture that was reduced, is read ag
 CLEAR = 40  # px: at the resolution that makes it this long
 AROUND = 1.5  # of its length: how far its surroundings are read with it
 
-FORMED = (20 / 28, 26.5 / 28)  # of the side: the length of EMNIST's characters, traces included
+FORMED = (21 / 28, 26.5 / 28)  # of the side: the length of EMNIST's characters, traces included
 TRACE = 0.1  # of the contrast: the outermost trace of a character
 OFFSET = 1 / 28  # of the side: EMNIST's characters are no farther off the centre
 
 SHADED = 24  # px: a smaller picture is no photograph: nothing in it but the character, no shading
 EVEN = 0.1  # of the contrast: how far the levels of paper deviate where it is not shaded
-GRID = 40  # px: side of the grid on which the paper is estimated
-WINDOW = 13  # px of it: strokes are narrower than this, shadows wider
+GRID, WINDOW = 40, 21  # px: side of the grid on which paper is estimated; over more it is even
+GRAIN = 3  # grey levels: what paper deviates from its estimate
 CLOSE = 0.3  # of the two votes of area and border: less between them, and either may be ink
 FAINTEST = 8  # grey levels of 256 between paper and ink, at least
-SIGNAL = 5  # deviations of paper between paper and ink, where nothing else says that it is ink:
-NEIGHBOURS = 0.2  # correlation of neighbouring pixels, above it in all that is not noise
+SIGNAL = 3  # deviations of noise between paper and ink, at least
 INK = 0.45  # of the way from paper to ink, by their means: where ink begins
 
 SPECK = 0.02  # of the area of the largest part: what is smaller is dirt; an i's dot is some 0.05
@@ -54,11 +52,10 @@ RIM = 0.12  # of the picture's side: where frames, rules and neighbours lie
 LONG = 0.4  # of the side: what lies along the border and is longer belongs to no character
 FAINTER = 0.8  # of the character's level: rules and box edges are fainter
 
-FINE = 64  # px: the character's length while its strokes are made thinner or thicker
-MARGIN = 9  # px around it
-SHARP = 1.0  # how much is added of what is finer than
-BLURRED = 11  # px
+FINE, MARGIN = 64, 9  # px: the character's length while its strokes are evened, and room around it
+SHARPEN, BLURRED = 0.5, 11  # how much is added of what is finer than so many px
 STROKE = 2.3 / 22  # of its length: width of strokes; EMNIST's median
+EDGE = 0.3  # of full ink: where the finished character ends
 LONGEST = 22 / 28  # of the result's side: its longest side; EMNIST's median 23.6 / 28
 
 
@@ -120,14 +117,10 @@ def _factor(picture: Image.Image, side: int) -> int:
 def _plain(picture: Image.Image) -> Image.Image:
     """Convert to mode L, RGB, RGBA, I or F, whichever loses nothing."""
     mode = picture.mode
-    if "transparency" in picture.info and not mode.startswith("I"):
+    if mode in ("LA", "PA") or ("transparency" in picture.info and not mode.startswith("I")):
         return picture.convert("RGBA")
     if mode in ("L", "RGB", "RGBA", "I", "F"):
         return picture
-    if mode in ("LA", "PA", "La", "RGBa"):
-        return picture.convert("RGBA")
-    if mode in ("LAB", "YCbCr"):
-        return picture.getchannel(0)  # lightness; LAB converts to nothing else
     return picture.convert("L" if mode == "1" else "I" if mode.startswith("I;16") else "RGB")
 
 
@@ -176,15 +169,11 @@ def _on_paper(picture: Image.Image) -> Image.Image:
     What is opaque may be the character alone: then paper is black or white, whichever is farther.
     Or it may be a character on its own paper: then that goes on.
     """
-    alpha = np.asarray(picture.getchannel("A"), np.float32) / 255
-    light = np.asarray(picture.convert("RGB").convert("L"), np.float32)
-    area = alpha.sum() or 1
-    mean = (light * alpha).sum() / area
-    deviation = np.sqrt((alpha * (light - mean) ** 2).sum() / area)
-    if area > 0.5 * alpha.size and deviation > 32:
-        paper = int(np.median(light[alpha > 0.5]))
-    else:
-        paper = 255 if mean < 128 else 0
+    opaque = np.asarray(picture.getchannel("A")) > 127
+    light = np.asarray(picture.convert("RGB").convert("L"))[opaque]
+    paper = 255 if light.sum() < 128 * light.size else 0
+    if opaque.mean() > 0.5 and light.std() > 32:
+        paper = int(np.median(light))
     ground = Image.new("RGBA", picture.size, (paper, paper, paper, 255))
     return Image.alpha_composite(ground, picture).convert("RGB")
 
@@ -215,19 +204,14 @@ def _as_formed(grey: np.ndarray, side: int) -> np.ndarray | None:
     """
     rows, columns = grey.shape
     border = _border(grey)
-    low, high = int(border.min()), int(border.max())
-    if rows != columns or rows % side or high - low > FAINTEST:
+    if rows != columns or rows % side or np.ptp(border) > FAINTEST:
         return None
-    ink = cv2.absdiff(grey, np.full_like(grey, (low + high) // 2))
-    threshold = max(TRACE * cv2.minMaxLoc(ink)[1], FAINTEST)
-    mask = _above(ink, threshold)
-    if rows > side:  # others are drawn larger, too, with specks
-        mask = _keep_character(mask, ink, 0)
-    x, y, width, height = np.array(cv2.boundingRect(mask)) / rows
+    ink = cv2.absdiff(grey, np.full_like(grey, np.median(border)))
+    ink = cv2.resize(ink, (side, side), interpolation=cv2.INTER_AREA)
+    x, y, width, height = np.array(cv2.boundingRect(np.uint8(ink > TRACE * ink.max()))) / side
     centred = max(abs(x + width / 2 - 0.5), abs(y + height / 2 - 0.5)) <= OFFSET
     if not centred or not FORMED[0] <= max(width, height) <= FORMED[1]:
         return None
-    ink = cv2.resize(ink, (side, side), interpolation=cv2.INTER_AREA)
     return cv2.normalize(ink, None, 0, 255, cv2.NORM_MINMAX)
 
 
@@ -235,17 +219,16 @@ class Character(NamedTuple):
     """A character found in a picture."""
 
     light: np.ndarray  # (H, W) uint8, ink lighter than paper, and nothing beside the character
-    paper: float  # level of the paper
-    threshold: float  # level above which is ink
+    paper: float  # its level
+    contrast: float  # how far the level of ink is above it
     box: tuple[int, ...]  # left, top, width, height
 
 
 def _find(grey: np.ndarray) -> list[Character]:
     """Return the character, or two where it may be darker or lighter than the paper."""
     _, contrast, *deviations = _split(grey)
-    shaded = min(grey.shape) >= SHADED and min(deviations) > EVEN * contrast
-    if shaded:
-        grey = _without_trend(grey)
+    if min(grey.shape) >= SHADED and min(deviations) > EVEN * contrast:
+        grey = _without_shadows(grey)
     mask = cv2.threshold(grey, 0, 1, cv2.THRESH_BINARY | cv2.THRESH_OTSU)[1]
     share, border = mask.mean(), _border(mask).mean()
     if min(grey.shape) >= SHADED:  # the border may be a frame
@@ -255,19 +238,14 @@ def _find(grey: np.ndarray) -> list[Character]:
     vote = share + border - 1  # paper is most of the area and of the border
     likelier = 255 - grey if vote > 0 else grey
     lights = [likelier] if abs(vote) > CLOSE else [likelier, 255 - likelier]
-    found = [_find_light(_without_shadows(light) if shaded else light) for light in lights]
-    if not any(found):
+    found = [character for character in map(_find_light, lights) if character]
+    if not found:
         raise ValueError(BLANK)
-    return [character for character in found if character]
+    return found
 
 
 def _border(grey: np.ndarray) -> np.ndarray:
     return np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
-
-
-def _above(grey: np.ndarray, threshold: float) -> np.ndarray:
-    """Return uint8, 1 where a picture is above a threshold."""
-    return cv2.threshold(grey, threshold, 1, cv2.THRESH_BINARY)[1]
 
 
 def _split(grey: np.ndarray) -> tuple[float, float, float, float]:
@@ -280,121 +258,100 @@ def _split(grey: np.ndarray) -> tuple[float, float, float, float]:
     return low.item(), high.item() - low.item(), low_deviation.item(), high_deviation.item()
 
 
-def _without_trend(grey: np.ndarray) -> np.ndarray:
-    """Take away the quadratic surface that comes nearest to a picture."""
-    small = cv2.resize(grey, (GRID, GRID), interpolation=cv2.INTER_AREA).astype(np.float32)
-    surfaces = _surfaces()
-    trend = (surfaces @ (surfaces.T @ small.ravel())).reshape(small.shape)
-    return np.clip(grey - cv2.resize(trend, grey.shape[::-1]) + 128, 0, 255).astype(np.uint8)
-
-
-@cache
-def _surfaces() -> np.ndarray:
-    """Return an orthonormal basis (GRID * GRID, 6) of the quadratic surfaces."""
-    y, x = np.mgrid[-1 : 1 : GRID * 1j, -1 : 1 : GRID * 1j].reshape(2, -1)
-    return np.linalg.qr(np.stack([x**0, x, y, x * y, x * x, y * y], 1))[0].astype(np.float32)
-
-
-def _without_shadows(light: np.ndarray) -> np.ndarray:
-    """Take away the paper: what is left when all that is light and narrow is cut off."""
-    small = cv2.resize(light, (GRID, GRID), interpolation=cv2.INTER_AREA)
-    window = np.ones((WINDOW, WINDOW), np.uint8)
-    paper = cv2.morphologyEx(small, cv2.MORPH_OPEN, window)
-    return cv2.subtract(light, cv2.add(cv2.resize(paper, light.shape[::-1]), 3))
+def _without_shadows(grey: np.ndarray) -> np.ndarray:
+    """Bring paper to level 128: it is what is most in any window, so its median."""
+    small = cv2.resize(grey, (GRID, GRID), interpolation=cv2.INTER_AREA)
+    relief = grey - cv2.resize(cv2.medianBlur(small, WINDOW), grey.shape[::-1]).astype(np.float32)
+    relief -= relief.clip(-GRAIN, GRAIN)
+    return (relief + 128).clip(0, 255).astype(np.uint8)
 
 
 def _find_light(light: np.ndarray) -> Character | None:
     """Find a character lighter than the paper, (H, W) uint8."""
-    paper, contrast, deviation, _ = _split(light)
-    if contrast < FAINTEST or light.min() == light.max():
-        return None
+    paper, contrast, _, _ = _split(light)
     small = min(light.shape) < SHADED
-    if _likeness(light) < NEIGHBOURS and (contrast < SIGNAL * deviation or not small):
+    least = FAINTEST if small else max(FAINTEST, SIGNAL * _noise(light))
+    if min(contrast, np.ptp(light)) < least:
         return None
-    threshold = paper + INK * contrast
-    parts = _keep_character(_above(light, threshold), light, paper)
+    parts = _keep_character(np.uint8(light > paper + INK * contrast), light, paper)
+    if not parts.any():  # an empty box
+        return None
     reach = 3 if small else 5  # px: edges of strokes are kept with them
     around = cv2.dilate(parts, np.ones((reach, reach), np.uint8))
     light = np.where(around, light, np.uint8(paper))
-    return Character(light, paper, threshold, cv2.boundingRect(parts))
+    return Character(light, paper, contrast, cv2.boundingRect(parts))
 
 
-def _likeness(grey: np.ndarray) -> float:
-    """Return the correlation of pixels with the next ones across and down."""
-    pairs = (grey[1:], grey[:-1]), (grey[:, 1:], grey[:, :-1])
-    steps = sum(cv2.norm(*pair, cv2.NORM_L2SQR) for pair in pairs)
-    number = sum(pair[0].size for pair in pairs)
-    return 1 - steps / number / (2 * grey.var() + 1e-6)
+def _noise(grey: np.ndarray) -> float:
+    """Return the standard deviation of noise, by what no smooth surface has (Immerkær 1996)."""
+    kernel = np.outer((1, -2, 1), (1, -2, 1)).astype(np.float32)
+    return float(np.median(np.abs(cv2.filter2D(grey, cv2.CV_32F, kernel)))) / (6 * 0.6745)
 
 
 def _keep_character(mask: np.ndarray, light: np.ndarray, paper: float) -> np.ndarray:
-    """Return of a mask of ink only those parts that are of the character.
+    """Return of a mask of ink, (H, W) uint8, only those parts that are of the character.
 
     The others are specks; in pictures of some size also what lies along the border (frames, the
     table beside the card), what comes in from it while the character is clear of it, and rules and
     box edges, fainter than the character.
     """
-    if cv2.connectedComponents(mask)[0] < 3:
-        return mask
     count, labels, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
+    if count < 3:
+        return mask
     stats[0] = 0  # the paper
     x, y, width, height, area = stats.T
     rows, columns = mask.shape
     if min(rows, columns) < SHADED:
-        keep = area >= SPECK * area.max()
-        return keep.astype(np.uint8)[labels]
+        return (area >= SPECK * area.max()).astype(np.uint8)[labels]
     rim_y, rim_x = round(RIM * rows), round(RIM * columns)
     inner = labels[rim_y : rows - rim_y, rim_x : columns - rim_x]
     inside = np.bincount(inner.ravel(), minlength=count) * (area > 0)
-    margin = np.min([x, y, columns - x - width, rows - y - height], axis=0)
-    length = np.maximum(width / columns, height / rows)
-    along = (length > LONG) & (inside < 0.05 * area)
+    along = (np.maximum(width / columns, height / rows) > LONG) & (inside < 0.05 * area)
     main = (inside * ~along).argmax()
-    keep = (area >= SPECK * area[main]) & ~along
-    if margin[main] > 1:
-        minor = (inside < 0.5 * area) | (area < 0.2 * area[main])
-        keep &= (margin > 1) | ~minor
+    keep = (area > 0) & (area >= SPECK * area[main]) & ~along
+    touching = np.min([x, y, columns - x - width, rows - y - height], axis=0) <= 1
+    if not touching[main]:
+        keep &= ~touching | ((inside >= 0.5 * area) & (area >= 0.2 * area[main]))
     peaks = np.zeros(count)
-    for part in np.flatnonzero(keep):
-        box = np.s_[y[part] : y[part] + height[part], x[part] : x[part] + width[part]]
-        peaks[part] = light[box][labels[box] == part].max() - paper
-    most = peaks[area >= 0.2 * area[keep].max()].max()
+    np.maximum.at(peaks, labels.ravel(), light.ravel() - paper)
+    faint = peaks < FAINTER * peaks[keep].max(initial=0)
     size = np.maximum(width, height)
-    foreign = (margin <= 1) | (size > 0.25 * size[main])
-    keep &= (peaks >= FAINTER * most) | ~foreign
+    keep &= ~(faint & (touching | (size > 0.25 * size[main])))
     return keep.astype(np.uint8)[labels]
 
 
 def _form(character: Character, side: int) -> np.ndarray:
     """Scale, centre, and bring to the width of EMNIST's strokes: (side, side) uint8."""
-    light, paper, threshold, box = character
-    large = _resample(light, box, FINE, FINE + 2 * MARGIN, paper)
+    light, paper, contrast, box = character
+    large = _square(light, box, FINE, FINE + 2 * MARGIN, paper).astype(np.float32) - paper
     blurred = cv2.blur(cv2.blur(large, (BLURRED, BLURRED)), (BLURRED, BLURRED))
-    large = cv2.addWeighted(large, 1 + SHARP, blurred, -SHARP, 0)
-    mask = _above(large, min(threshold, (paper + large.max()) / 2))
-    inside = cv2.distanceTransform(mask, cv2.DIST_L2, 3)
-    outside = cv2.distanceTransform(1 - mask, cv2.DIST_L2, 3)
-    stroke = 4 * (cv2.mean(inside, mask)[0] - 0.5)
-    change = (STROKE * FINE - stroke) / 2
-    change = min(max(change, 1 - inside.max()), MARGIN - 2)
-    ink = np.clip(inside - outside + (change + 0.5), 0, 1)
-    box = cv2.boundingRect(_above(ink, 0.5).astype(np.uint8))
-    ink = _resample(ink, box, LONGEST * side, side, 0)
+    large += SHARPEN * (large - blurred)
+    ink = (large / min(contrast, large.max())).clip(0, 1)
+    outline = np.hypot(np.diff(ink[:-1], axis=1), np.diff(ink[:, :-1], axis=0)).sum()
+    ink = _thicken(ink, (STROKE * FINE - 2 * ink.sum() / outline) / 2)
+    ink = _square(ink, cv2.boundingRect(np.uint8(ink > EDGE)), LONGEST * side, side, 0)
     return cv2.normalize(ink, None, 0, 255, cv2.NORM_MINMAX, cv2.CV_8U)
 
 
-def _resample(
+def _thicken(ink: np.ndarray, change: float) -> np.ndarray:
+    """Move the outline out by `change` px, between two whole numbers of them."""
+    change = min(max(change, -FINE / 8), MARGIN - 2)
+    least = int(abs(change))
+    move = cv2.dilate if change > 0 else cv2.erode
+    sides = (2 * least + 1, 2 * least + 3)
+    discs = [cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side)) for side in sides]
+    less, more = (move(ink, disc) for disc in discs)
+    return less + (abs(change) - least) * (more - less)
+
+
+def _square(
     image: np.ndarray, box: tuple[int, ...], length: float, side: int, paper: float
 ) -> np.ndarray:
     """Return (side, side) with what is in a box at its centre, `length` px long."""
     x, y, width, height = box
-    step = max(width, height) / length
-    reach = round(step)
-    if reach > 1:  # average what warpAffine would pass over
-        edges = (reach, reach, reach, reach, cv2.BORDER_CONSTANT, None, paper)
-        image = cv2.blur(cv2.copyMakeBorder(image, *edges), (reach, reach))
-        x, y = x + reach, y + reach
-    start = np.array([x + width / 2, y + height / 2]) - 0.5 - step * (side / 2 - 0.5)
-    matrix = np.array([[step, 0, start[0]], [0, step, start[1]]])
-    flags = cv2.WARP_INVERSE_MAP | (cv2.INTER_CUBIC if step < 0.5 else cv2.INTER_LINEAR)
-    return cv2.warpAffine(image, matrix, (side, side), flags=flags, borderValue=paper)
+    whole = round(max(width, height) * side / length)
+    top, left = y + (height + whole) // 2, x + (width + whole) // 2
+    padded = cv2.copyMakeBorder(image, *4 * [whole], cv2.BORDER_CONSTANT, value=paper)
+    square = padded[top : top + whole, left : left + whole]
+    how = cv2.INTER_AREA if whole > side else cv2.INTER_CUBIC
+    return cv2.resize(square, (side, side), interpolation=how)
