@@ -70,13 +70,13 @@ class Result(NamedTuple):
     thumbnail: str = ""  # data URI, where a report is asked for
 
 
-def list_pictures(inputs: Iterable[str]) -> tuple[list[str], list[OSError], Counter[str]]:
-    """Return the paths of all pictures, errors of folders, and how many of what is passed over.
+def list_pictures(inputs: Iterable[str]) -> tuple[list[str], list[OSError], int]:
+    """Return the paths of all pictures, errors of folders, and how many files are passed over.
 
     A file in `inputs` is always taken, in a folder what has a picture's suffix; an input given
     twice counts once. A folder's pictures come by name, then its folders, but for links to folders.
     """
-    paths, errors, passed_over = [], [], Counter()
+    paths, errors, others = [], [], 0
     for name in dict.fromkeys(PurePath(name).as_posix() for name in inputs):
         if not os.path.isdir(name):
             paths.append(name)
@@ -85,10 +85,8 @@ def list_pictures(inputs: Iterable[str]) -> tuple[list[str], list[OSError], Coun
             folders.sort()
             found = sorted(file for file in files if file.lower().endswith(SUFFIXES))
             paths += [os.path.join(folder, file).removeprefix("./") for file in found]
-            links = [other for other in folders if os.path.islink(os.path.join(folder, other))]
-            passed_over["other files passed over"] += len(files) - len(found)
-            passed_over["links to folders passed over"] += len(links)
-    return paths, errors, passed_over
+            others += len(files) - len(found)
+    return paths, errors, others
 
 
 def start_pool(workers: int) -> ProcessPool:
@@ -164,17 +162,9 @@ def read_all(submit: Callable, chunks: list, ahead: int, timeout: float) -> Iter
             yield Result(chunk[0], error=f"can't be read: {error!r}")
 
 
-def batches(pictures: Iterable[Result], size: int) -> Iterator[list[Result]]:
-    """Gather pictures until they make `size` images for the net."""
-    batch, taken = [], 0
-    for picture in pictures:
-        places = max(1, len(picture.images))  # one without an image takes a place, too
-        if batch and taken + places > size:
-            yield batch
-            batch, taken = [], 0
-        batch.append(picture)
-        taken += places
-    if batch:
+def batches(pictures: Iterator[Result], size: int) -> Iterator[list[Result]]:
+    """Gather pictures, `size` at a time."""
+    while batch := list(islice(pictures, size)):
         yield batch
 
 
@@ -275,10 +265,9 @@ def parse_alphabet(text: str, known: str) -> str:
     """
     parts = [match[0].upper() for match in re.finditer(".-.|.", text, re.DOTALL)]
     allowed = {c for part in parts for c in known if part[0] <= c <= part[-1]}
-    if not parts or not {part[0] for part in parts} | {part[-1] for part in parts} <= allowed:
-        raise ValueError(
-            f"--alphabet {text!r}: expected characters of {known}, or ranges such as A-F"
-        )
+    if not parts or not {end for part in parts for end in (part[0], part[-1])} <= allowed:
+        expected = f"characters of {known}, or ranges such as A-F"
+        raise ValueError(f"--alphabet {text!r}: expected {expected}")
     return "".join(character for character in known if character in allowed)
 
 
@@ -361,8 +350,8 @@ def write(results: Iterable[list[Result]], args: argparse.Namespace, total: int)
 
 
 DIGITS_HELP = (
-    "share of digits among all pictures, 0 to 1; auto: estimated from the pictures, so that an "
-    "answer depends on those beside it; none: as in training, each judged alone [%(default)s]"
+    "share of digits, 0 to 1; auto: estimated from all the pictures, on which an answer then "
+    "depends; none: as in training, each judged alone [%(default)s]"
 )
 
 
@@ -417,14 +406,12 @@ def check_files(args: argparse.Namespace) -> None:
             raise ValueError(f"--input {escaped(name)}: no such file or folder")
     taken = {os.path.realpath(file) for file in (PAGE, args.model, *args.input)}
     for flag, file in (("--output", args.output), ("--report", args.report)):
-        if file and file.exists() and not file.is_file():
-            raise ValueError(f"{flag} {escaped(str(file))}: not a regular file, can't be replaced")
         whole = os.path.realpath(file) if file else ""
-        is_picture = whole.lower().endswith(SUFFIXES) and os.path.exists(whole)
-        if is_picture or {whole, f"{whole}.partial"} & taken:
-            raise ValueError(
-                f"{flag} {escaped(str(file))}: would replace what is read: choose another"
-            )
+        special = os.path.exists(whole) and not os.path.isfile(whole)
+        is_picture = os.path.exists(whole) and whole.lower().endswith(SUFFIXES)
+        if special or is_picture or {whole, f"{whole}.partial"} & taken:
+            reason = "not a regular file" if special else "would replace what is read"
+            raise ValueError(f"{flag} {escaped(str(file))}: {reason}: choose another")
         taken |= {whole} - {""}
 
 
@@ -468,7 +455,7 @@ def run(args: argparse.Namespace) -> int:
         pool.stop()
         pool.join()
     seconds, total = time.monotonic() - started, counts.total()
-    kinds = [*sorted(counts.items()), *sorted(passed_over.items())]
+    kinds = [*sorted(counts.items()), ("other files passed over", passed_over)]
     said = ", ".join(f"{count:,} {kind}" for kind, count in kinds if count) or "none found"
     if sample:
         said += f", about {100 * share:.0f} % digits"
@@ -482,7 +469,6 @@ def main(arguments: list[str] | None = None) -> int:
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt(number)
 
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 - closed by who started this
     args = parse(arguments)
     signal.signal(signal.SIGTERM, stop)
     try:

@@ -101,8 +101,7 @@ def read(path: str, side: int = WORKING_SIDE) -> Image.Image:
         picture.draft(None, (picture.width // factor, picture.height // factor))  # of a JPEG
         picture.load()
         plain = _plain(picture)
-        factor = _factor(plain, side)
-        plain = plain.reduce(factor) if factor > 1 else plain
+        plain = plain.reduce(_factor(plain, side))
         if plain.info:
             with suppress(Exception):  # a damaged EXIF block says nothing about the picture
                 ImageOps.exif_transpose(plain, in_place=True)
@@ -142,9 +141,7 @@ def to_grey(image: Image.Image) -> np.ndarray:
     the same lightness keeps its contrast.
     """
     if image.mode in ("I", "F"):
-        values = np.asarray(image, np.float64)
-        finite = np.isfinite(values)
-        values = np.where(finite, values, np.median(values[finite]) if finite.any() else 0)
+        values = np.nan_to_num(np.asarray(image, np.float64), posinf=0, neginf=0)
         low, high = values.min(), values.max()
         return ((values - low) * (255 / max(high - low, 1e-9))).round().astype(np.uint8)
     if image.mode == "RGBA":
@@ -230,12 +227,9 @@ def _find(grey: np.ndarray) -> list[Character]:
     if min(grey.shape) >= SHADED and min(deviations) > EVEN * contrast:
         grey = _without_shadows(grey)
     mask = cv2.threshold(grey, 0, 1, cv2.THRESH_BINARY | cv2.THRESH_OTSU)[1]
-    share, border = mask.mean(), _border(mask).mean()
-    if min(grey.shape) >= SHADED:  # the border may be a frame
-        inset = round(RIM / 2 * min(grey.shape))
-        inner = _border(mask[inset:-inset, inset:-inset]).mean()
-        border = min(border, inner) if share < 0.5 else max(border, inner)
-    vote = share + border - 1  # paper is most of the area and of the border
+    inset = int(RIM / 2 * min(mask.shape))  # the outermost may be a frame
+    inner = mask[inset : mask.shape[0] - inset, inset : mask.shape[1] - inset]
+    vote = mask.mean() + _border(inner).mean() - 1  # paper is most of the area and of the border
     likelier = 255 - grey if vote > 0 else grey
     lights = [likelier] if abs(vote) > CLOSE else [likelier, 255 - likelier]
     found = [character for character in map(_find_light, lights) if character]

@@ -98,9 +98,8 @@ class Config:
     def bound(self) -> dict[str, object]:
         """Return what makes a run what it is, and --resume must find unchanged."""
         free = ("data", "out", "device", "compile", "wandb", "resume")
-        plain = (str, int, float)
-        items = ((k, v if isinstance(v, plain) else str(v)) for k, v in asdict(self).items())
-        return {name: value for name, value in items if name not in free}
+        items = ((name, value) for name, value in asdict(self).items() if name not in free)
+        return {k: v if isinstance(v, (str, int, float)) else str(v) for k, v in items}
 
 
 def parse(argv: list[str] | None = None) -> Config:
@@ -274,9 +273,8 @@ def batches(split: Split, step: int, config: Config, machine: Machine) -> Iterat
     chunk_steps = CHUNK_STEPS if machine.device.type == "cuda" else 1
     per_epoch = len(draw_epoch(split, 0, config))
     for epoch in range(step // per_epoch, config.epochs):
-        order = (
-            draw_epoch(split, epoch, config).to(machine.device).view(per_epoch, machine.world, -1)
-        )
+        order = draw_epoch(split, epoch, config).to(machine.device)
+        order = order.view(per_epoch, machine.world, -1)
         done = max(0, step - epoch * per_epoch)
         for first in range(done - done % chunk_steps, per_epoch, chunk_steps):
             torch.manual_seed(hash((config.seed, machine.rank, epoch, first)))
@@ -299,24 +297,19 @@ def pick(images: Tensor, *shares: float) -> tuple[Tensor, ...]:
 
 def warp(images: Tensor) -> Tensor:
     """Rotate, scale, stretch, shear and shift, with a smooth elastic displacement on top."""
-    n, device = len(images), images.device
-    draws = torch.rand(6, n, 1, 1, device=device) * 2 - 1
-    angle, shear, scale, stretch, right, down = draws  # each (N, 1, 1) in [-1, 1]
+    n, device, pixel = len(images), images.device, 2 / SIZE  # the unit is half a side
+    draws = torch.rand(6, n, device=device) * 2 - 1
+    angle, shear, scale, stretch, right, down = draws  # each (N,) in [-1, 1]
     cos, sin = torch.cos(angle * WARP_ANGLE), torch.sin(angle * WARP_ANGLE)
-    shear = shear * WARP_SHEAR
+    shear, shift = shear * WARP_SHEAR, WARP_SHIFT * pixel
     across = torch.exp((scale + stretch) * WARP_SCALE)
     along = torch.exp((scale - stretch) * WARP_SCALE)
-    pixel = 2 / SIZE  # grid_sample's unit is half a side
-    right, down = right * WARP_SHIFT * pixel, down * WARP_SHIFT * pixel
-
-    x = (torch.arange(SIZE, device=device) + 0.5) * pixel - 1  # (28,) centres of pixels
-    y = x[:, None]
+    row_x = torch.stack([across * cos, across * (shear * cos - sin), right * shift], 1)
+    row_y = torch.stack([along * sin, along * (shear * sin + cos), down * shift], 1)
+    grid = F.affine_grid(torch.stack([row_x, row_y], 1), images.shape, align_corners=False)
     knots = torch.randn(n, 2, 5, 5, device=device) * (WARP_BEND * pixel)
-    bend = F.interpolate(knots, (SIZE, SIZE), mode="bilinear")  # (N, 2, 28, 28)
-    source_x = across * (cos * x + (shear * cos - sin) * y) + right + bend[:, 0]
-    source_y = along * (sin * x + (shear * sin + cos) * y) + down + bend[:, 1]
-    grid = torch.stack([source_x, source_y], dim=-1)  # (N, 28, 28, 2)
-    return F.grid_sample(images, grid, align_corners=False)
+    bend = F.interpolate(knots, (SIZE, SIZE), mode="bilinear").permute(0, 2, 3, 1)
+    return F.grid_sample(images, grid + bend, align_corners=False)  # (N, 28, 28, 2) the grid
 
 
 def stroke(images: Tensor) -> Tensor:
@@ -623,9 +616,8 @@ def train(config: Config) -> dict:
 
     net = state.average
     net.load_state_dict(state.best)
-    net.digits = (
-        (training.labels[draw_epoch(training, 0, config)] < CNN.DIGITS).float().mean().item()
-    )
+    drawn = training.labels[draw_epoch(training, 0, config)]
+    net.digits = (drawn < CNN.DIGITS).float().mean().item()
     logits = CNN.predict(net, validation.images, machine.precision)
     net.temperature = CNN.calibrate(logits, validation.labels)
     net.lookalikes = CNN.find_lookalikes(CNN.confuse(logits, validation.labels))

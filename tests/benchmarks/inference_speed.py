@@ -56,7 +56,7 @@ def draw(folder: Path, kind: str, count: int) -> list[Path]:
 
 def baseline(files: list[Path]) -> float:
     """Classify as the origin does, a picture at a time, in a Python loop; return the rate."""
-    net, start = CNN.Net("run8", **CNN.ORIGIN).eval(), time.perf_counter()
+    net, start = CNN.Net("run8").eval(), time.perf_counter()
     with open(os.devnull, "w") as out, torch.no_grad():
         for path in files:
             picture = Image.open(path).convert("L").resize((CNN.SIZE, CNN.SIZE))
