@@ -50,7 +50,7 @@ WORKER_BYTES = 3 * 2**30  # of address space; a picture just under Pillow's bomb
 BLOCK = 64  # images: a batch is filled up to whole blocks, as kernels differ by batch size
 SAMPLE = 1000  # pictures by which the share of digits is estimated, at most
 DOUBT = 3.6  # pictures that the share of digits in training weighs in the estimate
-LEAN = 0.7  # nats by which the less likely polarity of ink must be surer of its answer
+LEAN = 0.2  # nats by which the less likely polarity of ink must be surer of its answer
 THUMBNAIL = 96  # px, longer side
 UNPRINTABLE = re.compile(  # backslash, control characters and bytes that are not UTF-8
     "[\\\\\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
