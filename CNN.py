@@ -3,8 +3,7 @@
     net = CNN.load("model.pt")        # a Net in eval mode, with its alphabet, temperature, figures
     logits = net(images)              # (N, 1, 28, 28) ink in [0, 1] -> (N, 36)
 
-Importing this file does nothing but define. `train.py` and `inference.py` both import it and never
-each other; whatever they have to agree on stands here once.
+`train.py` and `inference.py` both import it and never each other: what they must agree on is here.
 """
 
 import copy

@@ -204,11 +204,10 @@ class Classifier:
             scaled = logits / self.temperature + self.prior
             return scaled.log_softmax(1)[:, self.classes].cpu().numpy()
 
-    def estimate_digits(self, pictures: Iterable[Result]) -> float:
-        """Return the share of digits among pictures."""
-        images = [picture.images[0] for picture in pictures if picture.images]
-        p = np.exp(self.log_probabilities(images)) if images else np.ones((0, len(self.classes)))
-        return share_of_digits(p[:, self.is_digit[self.classes]].sum(1) / p.sum(1), self.digits)
+    def weigh_digits(self, pictures: list[Result]) -> np.ndarray:
+        """Return how likely each picture that could be read is a digit, (N,)."""
+        p = np.exp(self.log_probabilities([p.images[0] for p in pictures if p.images]))
+        return p[:, self.is_digit[self.classes]].sum(1) / p.sum(1)
 
     def expect_digits(self, share: float) -> None:
         """Take `share` for that of digits among the pictures, in place of the one in training."""
@@ -440,13 +439,14 @@ def run(args: argparse.Namespace) -> int:
         step = -(-len(paths) // SAMPLE) or 1
         sample = range(0, len(paths), step) if args.digits == "auto" and classifier.mixed else ()
         kept, share = dict(zip(sample, read_those(sample), strict=True)), args.digits
-        if kept:
-            share = classifier.estimate_digits(kept.values())
-        if isinstance(share, float):
-            classifier.expect_digits(share)
-        others = read_those([number for number in own if number not in kept])
-        pictures = (kept.pop(number) if number in kept else next(others) for number in own)
         with ThreadPoolExecutor(workers) as executor:  # passes of the net, side by side
+            if kept:
+                parts = executor.map(classifier.weigh_digits, batches(iter(kept.values()), BLOCK))
+                share = share_of_digits(np.concatenate(list(parts)), classifier.digits)
+            if isinstance(share, float):
+                classifier.expect_digits(share)
+            others = read_those([number for number in own if number not in kept])
+            pictures = (kept.pop(number) if number in kept else next(others) for number in own)
             answer = partial(executor.submit, classifier.answer)
             passes = in_order(answer, batches(pictures, args.batch_size), 2 * workers)
             results = chain([failed], (answered.result() for _, answered in passes))

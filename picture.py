@@ -2,8 +2,7 @@
 
     prepare("picture.jpg", 28)  # (1, 28, 28) uint8, ink 255 on 0; 2 where polarity is in doubt
 
-`read` a file, upright and reduced -> `to_grey` -> `fit`. Knows neither torch nor CNN. Callers read
-in processes, one picture at a time.
+`read` a file, upright and reduced -> `to_grey` -> `fit`. Knows neither torch nor CNN.
 """
 
 import os
@@ -101,7 +100,8 @@ def read(path: str, side: int = WORKING_SIDE) -> Image.Image:
         picture.draft(None, (picture.width // factor, picture.height // factor))  # of a JPEG
         picture.load()
         plain = _plain(picture)
-        plain = plain.reduce(_factor(plain, side))
+        factor = _factor(plain, side)
+        plain = plain.reduce(factor) if factor > 1 else plain
         if plain.info:
             with suppress(Exception):  # a damaged EXIF block says nothing about the picture
                 ImageOps.exif_transpose(plain, in_place=True)
@@ -201,9 +201,10 @@ def _as_formed(grey: np.ndarray, side: int) -> np.ndarray | None:
     """
     rows, columns = grey.shape
     border = _border(grey)
-    if rows != columns or rows % side or np.ptp(border) > FAINTEST:
+    low, high = int(border.min()), int(border.max())
+    if rows != columns or rows % side or high - low > FAINTEST:
         return None
-    ink = cv2.absdiff(grey, np.full_like(grey, np.median(border)))
+    ink = cv2.absdiff(grey, np.full_like(grey, (low + high) // 2))
     ink = cv2.resize(ink, (side, side), interpolation=cv2.INTER_AREA)
     x, y, width, height = np.array(cv2.boundingRect(np.uint8(ink > TRACE * ink.max()))) / side
     centred = max(abs(x + width / 2 - 0.5), abs(y + height / 2 - 0.5)) <= OFFSET
@@ -279,7 +280,8 @@ def _find_light(light: np.ndarray) -> Character | None:
 def _noise(grey: np.ndarray) -> float:
     """Return the standard deviation of noise, by what no smooth surface has (Immerkær 1996)."""
     kernel = np.outer((1, -2, 1), (1, -2, 1)).astype(np.float32)
-    return float(np.median(np.abs(cv2.filter2D(grey, cv2.CV_32F, kernel)))) / (6 * 0.6745)
+    steps = np.abs(cv2.filter2D(grey, cv2.CV_32F, kernel)).ravel()
+    return float(np.partition(steps, steps.size // 2)[steps.size // 2]) / (6 * 0.6745)  # median
 
 
 def _keep_character(mask: np.ndarray, light: np.ndarray, paper: float) -> np.ndarray:
