@@ -225,8 +225,7 @@ def find_lookalikes(confusion: Tensor) -> list[str]:
         joined = groups[i] | groups[j]
         for member in joined:
             groups[member] = joined
-    found = {"".join(ALPHABET[i] for i in sorted(group)) for group in groups if len(group) > 1}
-    return sorted(found)
+    return sorted({"".join(ALPHABET[i] for i in sorted(one)) for one in groups if len(one) > 1})
 
 
 def write_atomically(payload: object, path: Path) -> None:

@@ -49,9 +49,8 @@ AHEAD = 8  # chunks under way for each process, so that none waits
 WORKER_BYTES = 3 * 2**30  # of address space; a picture just under Pillow's bomb limit takes a third
 BLOCK = 64  # images: a batch is filled up to whole blocks, as kernels differ by batch size
 SAMPLE = 1000  # pictures by which the share of digits is estimated, at most
-DOUBT = 3.6  # pictures that the share of digits in training weighs in the estimate
+PRIOR = 3.6  # pictures that the share of digits in training weighs in the estimate
 LEAN = 0.2  # nats by which the less likely polarity of ink must be surer of its answer
-THUMBNAIL = 96  # px, longer side
 UNPRINTABLE = re.compile(  # backslash, control characters and bytes that are not UTF-8
     "[\\\\\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
@@ -127,7 +126,7 @@ def thumbnail(path: str) -> str:
     image, file = read(path), io.BytesIO()
     if image.mode in ("I", "F"):
         image = Image.fromarray(to_grey(image))
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    image.thumbnail((96, 96))
     image.save(file, "WEBP", quality=90)
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
@@ -253,7 +252,7 @@ def share_of_digits(digit: np.ndarray, usual: float) -> float:
     share = usual
     for _ in range(200):
         yes, no = digit * share / usual, (1 - digit) * (1 - share) / (1 - usual)
-        share = ((yes / (yes + no)).sum() + DOUBT * usual) / (len(digit) + DOUBT)
+        share = ((yes / (yes + no)).sum() + PRIOR * usual) / (len(digit) + PRIOR)
     return float(share)
 
 

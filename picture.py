@@ -25,11 +25,11 @@ SUFFIXES = (
     *(".tiff", ".webp", ".avif", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".pbm", ".pgm"),
     *(".ppm", ".pnm", ".pfm", ".sgi", ".bw", ".rgb", ".rgba", ".qoi", ".pcx", ".ico", ".tga"),
 )
-WORKING_SIDE = 96  # px; pictures are reduced as long as their longer side is no less,
-NARROW = 4  # px, and their shorter side no less than this
+WORKING_SIDE = 96  # px: pictures are reduced as far as their longer side stays this long
+NARROW = 4  # px: and their shorter side this long
 BLANK = "blank: no ink found"
 
-SMALL = 14  # px: a shorter character, in a picture that was reduced, is read again
+SMALL = 14  # px: a shorter character, in a picture of WORKING_SIDE or more, is read again
 CLEAR = 40  # px: at the resolution that makes it this long
 AROUND = 1.5  # of its length: how far its surroundings are read with it
 
@@ -131,7 +131,8 @@ def _look_closer(path: str, shape: tuple[int, ...], box: tuple[int, ...]) -> np.
     scale = max(picture.size) / max(shape)  # the shorter side may be a pixel or two, rounded up
     x, y, reach = x + width / 2, y + height / 2, AROUND * length
     corners = np.array([x - reach, y - reach, x + reach, y + reach]) * scale
-    return to_grey(picture.crop(corners.clip(0, 2 * picture.size).round().astype(int).tolist()))
+    corners = corners.clip(0, (*picture.size, *picture.size)).round().astype(int)
+    return to_grey(picture.crop(corners.tolist()))
 
 
 def to_grey(image: Image.Image) -> np.ndarray:
@@ -149,9 +150,8 @@ def to_grey(image: Image.Image) -> np.ndarray:
     if image.mode != "RGB":
         return np.asarray(image if image.mode == "L" else image.convert("L"))
     colours = np.asarray(image)
-    red, green, blue = colours[..., 0], colours[..., 1], colours[..., 2]
-    if np.array_equal(red, green) and np.array_equal(green, blue):
-        return red.copy()
+    if (colours == colours[..., :1]).all():
+        return colours[..., 0].copy()
     points = colours.reshape(-1, 3)
     sample = np.ascontiguousarray(points[:: 1 + len(points) // 4096].T, np.float32)
     sample -= sample.mean(1, keepdims=True)
@@ -163,11 +163,12 @@ def to_grey(image: Image.Image) -> np.ndarray:
 def _on_paper(picture: Image.Image) -> Image.Image:
     """Lay a picture with transparency on what is paper to it.
 
-    What is opaque may be the character alone: then paper is black or white, whichever is farther.
-    Or it may be a character on its own paper: then that goes on.
+    What is opaque may be a character with its own paper, which then goes on, or the character
+    alone: then paper is black or white, whichever is farther.
     """
-    opaque = np.asarray(picture.getchannel("A")) > 127
-    light = np.asarray(picture.convert("RGB").convert("L"))[opaque]
+    alpha = np.asarray(picture.getchannel("A"))
+    opaque = alpha > alpha.max() / 2
+    light = np.asarray(picture.convert("L"))[opaque]
     paper = 255 if light.sum() < 128 * light.size else 0
     if opaque.mean() > 0.5 and light.std() > 32:
         paper = int(np.median(light))
@@ -183,8 +184,7 @@ def fit(grey: np.ndarray, side: int, look_closer: Callable | None = None) -> np.
     look_closer: returns a better picture of the box of a character that is small in a reduced one.
     Raises ValueError(BLANK) if there is no ink.
     """
-    formed = _as_formed(grey, side)
-    if formed is not None:
+    if (formed := _as_formed(grey, side)) is not None:
         return formed[None]
     found = _find(grey)
     if look_closer and max(found[0].box[2:]) < SMALL and max(grey.shape) >= WORKING_SIDE:
@@ -208,7 +208,7 @@ def _as_formed(grey: np.ndarray, side: int) -> np.ndarray | None:
     ink = cv2.resize(ink, (side, side), interpolation=cv2.INTER_AREA)
     x, y, width, height = np.array(cv2.boundingRect(np.uint8(ink > TRACE * ink.max()))) / side
     centred = max(abs(x + width / 2 - 0.5), abs(y + height / 2 - 0.5)) <= OFFSET
-    if not centred or not FORMED[0] <= max(width, height) <= FORMED[1]:
+    if not centred or ink.max() < FAINTEST or not FORMED[0] <= max(width, height) <= FORMED[1]:
         return None
     return cv2.normalize(ink, None, 0, 255, cv2.NORM_MINMAX)
 
@@ -217,7 +217,7 @@ class Character(NamedTuple):
     """A character found in a picture."""
 
     light: np.ndarray  # (H, W) uint8, ink lighter than paper, and nothing beside the character
-    paper: float  # its level
+    paper: float  # the paper's level
     contrast: float  # how far the level of ink is above it
     box: tuple[int, ...]  # left, top, width, height
 
@@ -244,12 +244,10 @@ def _border(grey: np.ndarray) -> np.ndarray:
 
 
 def _split(grey: np.ndarray) -> tuple[float, float, float, float]:
-    """Tell dark from light (Otsu 1979): mean of the dark, how far the light's is above it, and
-    both standard deviations.
-    """
-    light = cv2.threshold(grey, 0, 1, cv2.THRESH_BINARY | cv2.THRESH_OTSU)[1]
-    high, high_deviation = cv2.meanStdDev(grey, mask=light)
-    low, low_deviation = cv2.meanStdDev(grey, mask=1 - light)
+    """Tell dark from light (Otsu 1979): the dark's mean, the light's above it, both deviations."""
+    mask = cv2.threshold(grey, 0, 1, cv2.THRESH_BINARY | cv2.THRESH_OTSU)[1]
+    high, high_deviation = cv2.meanStdDev(grey, mask=mask)
+    low, low_deviation = cv2.meanStdDev(grey, mask=1 - mask)
     return low.item(), high.item() - low.item(), low_deviation.item(), high_deviation.item()
 
 
@@ -269,10 +267,9 @@ def _find_light(light: np.ndarray) -> Character | None:
     if min(contrast, np.ptp(light)) < least:
         return None
     parts = _keep_character(np.uint8(light > paper + INK * contrast), light, paper)
-    if not parts.any():  # an empty box
+    if cv2.countNonZero(parts) < 2:  # px: a dot, or an empty box
         return None
-    reach = 3 if small else 5  # px: edges of strokes are kept with them
-    around = cv2.dilate(parts, np.ones((reach, reach), np.uint8))
+    around = cv2.dilate(parts, np.ones((3, 3)), iterations=1 if small else 2)  # edges of strokes
     light = np.where(around, light, np.uint8(paper))
     return Character(light, paper, contrast, cv2.boundingRect(parts))
 
@@ -310,7 +307,8 @@ def _keep_character(mask: np.ndarray, light: np.ndarray, paper: float) -> np.nda
         keep &= ~touching | ((inside >= 0.5 * area) & (area >= 0.2 * area[main]))
     peaks = np.zeros(count)
     np.maximum.at(peaks, labels.ravel(), light.ravel() - paper)
-    faint = peaks < FAINTER * peaks[keep].max(initial=0)
+    most = peaks[keep & (area >= 0.2 * area[main])].max(initial=0)
+    faint = peaks < FAINTER * most
     size = np.maximum(width, height)
     keep &= ~(faint & (touching | (size > 0.25 * size[main])))
     return keep.astype(np.uint8)[labels]
@@ -322,6 +320,8 @@ def _form(character: Character, side: int) -> np.ndarray:
     large = _square(light, box, FINE, FINE + 2 * MARGIN, paper).astype(np.float32) - paper
     blurred = cv2.blur(cv2.blur(large, (BLURRED, BLURRED)), (BLURRED, BLURRED))
     large += SHARPEN * (large - blurred)
+    if large.max() <= 0:  # thinner than a pixel of a long strip
+        raise ValueError(BLANK)
     ink = (large / min(contrast, large.max())).clip(0, 1)
     outline = np.hypot(np.diff(ink[:-1], axis=1), np.diff(ink[:, :-1], axis=0)).sum()
     ink = _thicken(ink, (STROKE * FINE - 2 * ink.sum() / outline) / 2)
@@ -334,9 +334,8 @@ def _thicken(ink: np.ndarray, change: float) -> np.ndarray:
     change = min(max(change, -FINE / 8), MARGIN - 2)
     least = int(abs(change))
     move = cv2.dilate if change > 0 else cv2.erode
-    sides = (2 * least + 1, 2 * least + 3)
-    discs = [cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side)) for side in sides]
-    less, more = (move(ink, disc) for disc in discs)
+    sizes = [(2 * reach + 1, 2 * reach + 1) for reach in (least, least + 1)]
+    less, more = (move(ink, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, size)) for size in sizes)
     return less + (abs(change) - least) * (more - less)
 
 

@@ -80,7 +80,7 @@ def test_every_picture_is_there_with_what_the_net_saw(page):
         kind, _, content = view.partition(";base64,")
         assert kind == "data:image/webp"
         with Image.open(io.BytesIO(base64.b64decode(content))) as thumbnail:
-            assert max(thumbnail.size) <= inference.THUMBNAIL
+            assert max(thumbnail.size) <= 96
         if name == "blank.png":
             assert (character, ink, error) == ("", "", inference.BLANK)
             continue
