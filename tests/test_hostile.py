@@ -43,8 +43,8 @@ def errors_of(weights: Path, capfd: pytest.CaptureFixture) -> Callable:
         assert [row["path"] for row in rows] == list(map(str, paths))
         assert all(bool(row["character"]) == (row["error"] is None) for row in rows)
         assert code == any(row["error"] for row in rows)
-        # the process that was to replace a dead one may still be starting when this run, which isn't
-        # the end of its process as a script's is, takes the pool from under it
+        # one that replaces a dead process may still be starting when the pool is gone; where the
+        # script itself ends, it ends unheard
         assert err.count("\n") == 1 or deaths
         assert err.splitlines()[-1].startswith(f"{len(paths)} pictures: ")
         return {os.path.basename(row["path"]): row["error"] or "" for row in rows}
