@@ -46,7 +46,7 @@ def errors_of(weights: Path, capfd: pytest.CaptureFixture) -> Callable:
         # one that replaces a dead process may still be starting when the pool is gone; where the
         # script itself ends, it ends unheard
         assert err.count("\n") == 1 or deaths
-        assert err.splitlines()[-1].startswith(f"{len(paths)} pictures: ")
+        assert err.splitlines()[-1].startswith(f"{len(paths):,} pictures: ")
         return {os.path.basename(row["path"]): row["error"] or "" for row in rows}
 
     return run
