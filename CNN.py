@@ -279,6 +279,8 @@ def _described(content: dict) -> Net:
     else:
         net = Net(content["arch"], **{key: content[key] for key in ("alphabet", "mean", "std")})
         state = content["state_dict"]
+        if not 0 < len(net.alphabet) == len(set(net.alphabet) & set(ALPHABET)):
+            raise ValueError(f"alphabet {net.alphabet}: expected distinct ones of {ALPHABET}")
         for name in ("temperature", "lookalikes", "figures"):
             setattr(net, name, content[name])
         net.digits = content.get("digits", EMNIST_DIGITS)  # files before 2026-11-24 have none

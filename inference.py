@@ -205,7 +205,7 @@ class Classifier:
 
     def weigh_digits(self, pictures: list[Result]) -> np.ndarray:
         """Return how likely each picture that could be read is a digit, (N,)."""
-        p = np.exp(self.log_probabilities([p.images[0] for p in pictures if p.images]))
+        p = np.exp(self.log_probabilities([one.images[0] for one in pictures if one.images]))
         return p[:, self.is_digit[self.classes]].sum(1) / p.sum(1)
 
     def expect_digits(self, share: float) -> None:

@@ -112,7 +112,7 @@ def parse(argv: list[str] | None = None) -> Config:
     config = Config(**vars(parser.parse_args(argv)))
     if config.augment != "none" and not set(config.augment.split(",")) <= set(AUGMENTATIONS):
         parser.error(f"--augment {config.augment}: expected none or some of {[*AUGMENTATIONS]}")
-    if config.epochs < 1 or config.batch_size < 2 or not config.lr > 0:
+    if config.epochs < 1 or config.batch_size < 2 or not config.lr > 0 <= config.weight_decay:
         parser.error("expected --epochs of 1, --batch-size of 2 or more, --lr above 0")
     if not 0 <= config.extra_share <= 0.5:
         parser.error("--extra-share: expected 0 to 0.5")
@@ -164,7 +164,7 @@ def ensure_emnist(root: Path) -> None:
         side = Path(scratch, "EMNIST", "raw")
         side.mkdir(parents=True)
         if (root / "gzip.zip").exists():
-            (side / "gzip.zip").symlink_to((root / "gzip.zip").resolve())
+            (side / "gzip.zip").symlink_to((root / "gzip.zip").resolve())  # its MD5 is checked
         say(f"{root}: EMNIST is not there yet: {EMNIST.url}, 562 MB")
         socket.setdefaulttimeout(30)  # seconds without a byte; torchvision would wait for ever
         EMNIST(scratch, split="digits", download=True)

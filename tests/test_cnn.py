@@ -144,6 +144,7 @@ def test_other_content_is_refused(net, tmp_path):
     others += [{key: good[key] for key in good if key != gone} for gone in good if gone != "digits"]
     for change in (
         *({"arch": arch} for arch in ("run7", "run9")),
+        *({"alphabet": wrong} for wrong in ("A" * 36, CNN.ALPHABET[:35] + "é")),
         {"alphabet": CNN.ALPHABET[:35]},
         *({"state_dict": weights | {"fc2.weight": wrong}} for wrong in (ones, 1.0)),
         {"state_dict": weights | {"fc3.weight": ones}},
