@@ -45,7 +45,7 @@ OPTIMIZERS = {
 }
 VALIDATION_ONE_IN = 20  # about 5 % of train
 CHECKPOINT_SECONDS = 120
-TEACHING = 0.5  # share of the loss that is towards the teachers
+TEACHING = 0.9  # share of the loss that is towards the teachers, if any
 REPORT_STEPS = 20  # between two looks at the loss, which wait for the device
 CHUNK_STEPS = 16  # batches that a GPU augments at once, to launch fewer kernels
 
@@ -511,8 +511,8 @@ def make_loss(net: Net, config: Config, machine: Machine) -> Callable[[Tensor, T
     """Return the mean loss as a function of images and labels, compiled on a GPU.
 
     There, by itself, it runs as CUDA graphs: Python launches a few things, not hundreds. Under
-    torchrun its gradients are averaged over the ranks. Half of it is towards the mean answer of
-    the teachers, if any, to the same pictures (distillation, Hinton et al. 2015, arXiv 1503.02531).
+    torchrun its gradients are averaged over the ranks. Most of it is towards the mean answer of the
+    teachers, if any, to the same pictures (distillation, Hinton et al. 2015, arXiv 1503.02531).
     """
     precision, device, alone = machine.precision, machine.device.type, machine.world == 1
     teachers = [load_net("--teacher", path).fused().to(machine.device) for path in config.teacher]

@@ -261,7 +261,7 @@ def runs(pattern: str) -> str:
     for what, group in groups.items():
         right = [record["test"]["accuracy"] for record in group if "test" in record]
         nll = [record["test"]["nll"] for record in group if "test" in record]
-        fields = [records().get(f"field-{record['name']}", record) for record in group]
+        fields = [records().get(f"field-{r['name']}".removesuffix("-shipped"), r) for r in group]
         means = [[f[key][-1] for key in SCORES] for f in fields if "set" in f]
         rows.append({
             "": what,
