@@ -109,15 +109,12 @@ class Net(nn.Module):
 
     def fused(self) -> "Net":
         """Return a copy for inference: in eval mode, batch norms folded into what precedes them."""
+        fuse = {nn.Conv2d: fusion.fuse_conv_bn_eval, nn.Linear: fusion.fuse_linear_bn_eval}
         net = copy.deepcopy(self).eval().requires_grad_(False)
         for sequence in (net.layer1, net.layer2, net.fc1):
             for i, (layer, norm) in enumerate(pairwise(list(sequence))):
-                if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                    sequence[i] = fusion.fuse_conv_bn_eval(layer, norm)
-                    sequence[i + 1] = nn.Identity()
-                elif isinstance(layer, nn.Linear) and isinstance(norm, nn.BatchNorm1d):
-                    sequence[i] = fusion.fuse_linear_bn_eval(layer, norm)
-                    sequence[i + 1] = nn.Identity()
+                if type(layer) in fuse and isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                    sequence[i], sequence[i + 1] = fuse[type(layer)](layer, norm), nn.Identity()
         return net
 
 

@@ -7,12 +7,11 @@ prints one line per picture, the ASCII code of the character and the path, by fo
     048, tests/samples/0_scan.png
     049, tests/samples/1_pencil.jpg
 
-Digits and letters, 36 classes; any picture that Pillow reads, of one character, of any size, dark
-on light or light on dark. `--format csv` or `json` adds confidences, alternatives and errors,
-`--report FILE.html` makes a page to look through. Results go to stdout or `--output`, all else to
-stderr. Exit code: 0 all answered, 1 some could not be, 2 wrong usage, 130 interrupted. Under
-torchrun each process takes its share and writes its own --output, answers.0.csv and so on; it ends
-with 0 even if some could not be answered, or torchrun would end the others.
+Digits and letters, 36 classes; pictures of one character, of any size, dark on light or light on
+dark. `--format csv` or `json` adds confidences, alternatives and errors, `--report FILE.html` makes
+a page to look through. Results go to stdout or `--output`, all else to stderr. Exit code: 0 all
+answered, 1 some could not be (but under torchrun, which would end the other processes), 2 wrong
+usage, 130 interrupted.
 """
 
 import argparse
@@ -163,8 +162,7 @@ def read_all(submit: Callable, chunks: list, ahead: int, timeout: float) -> Iter
 
 def batches(pictures: Iterator[Result], size: int) -> Iterator[list[Result]]:
     """Gather pictures, `size` at a time."""
-    while batch := list(islice(pictures, size)):
-        yield batch
+    return iter(lambda: list(islice(pictures, size)), [])
 
 
 class Classifier:
@@ -347,32 +345,26 @@ def write(results: Iterable[list[Result]], args: argparse.Namespace, total: int)
     return counts
 
 
-DIGITS_HELP = (
-    "share of digits, 0 to 1; auto: estimated from all the pictures, on which an answer then "
-    "depends; none: as in training, each judged alone [%(default)s]"
-)
-
-
 def parse_digits(text: str) -> str | float:
     """Read --digits. Raises ValueError."""
-    if text in ("auto", "none"):
-        return text
-    if not 0 <= float(text) <= 1:
+    if text not in ("auto", "none") and not 0 <= float(text) <= 1:
         raise ValueError
-    return float(text)
+    return text if text in ("auto", "none") else float(text)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line; exits with 2 and a message where it is wrong."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     share = max(1, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    digits = "share of digits, 0 to 1; auto: estimated from all pictures, on which an answer then "
+    digits += "depends; none: as in training, each judged alone [%(default)s]"
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add, model = parser.add_argument, Path(__file__).with_name("model.pt")
     add("--input", nargs="+", required=True, metavar="PATH", help="folders, pictures, or both")
     add("--model", type=Path, default=model, metavar="FILE", help="weights [model.pt beside this]")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... [cuda where there is one, or cpu]")
     add("--alphabet", default="0-9A-Z", metavar="CHARS", help="what can be answered [%(default)s]")
-    add("--digits", type=parse_digits, default="auto", metavar="SHARE", help=DIGITS_HELP)
+    add("--digits", type=parse_digits, default="auto", metavar="SHARE", help=digits)
     add("--min-confidence", type=float, default=0, metavar="P", help="below: no answer")
     add("--topk", type=int, default=3, metavar="K", help="characters in csv, json [%(default)s]")
     add("--format", choices=LINES, default="ascii", help="of the results [%(default)s]")

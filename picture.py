@@ -18,12 +18,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 # Read by Pillow's own code alone; EPS, PDF and the like, which start programs, are not. TGA is the
 # last, as it has no signature: almost any bytes may be taken for it.
-FORMATS = ["PNG", "JPEG", "BMP", "DIB", "GIF", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM", "SGI"]
-FORMATS += ["QOI", "PCX", "ICO", "TGA"]
-SUFFIXES = (
-    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".bmp", ".dib", ".gif", ".tif"),
-    *(".tiff", ".webp", ".avif", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".pbm", ".pgm"),
-    *(".ppm", ".pnm", ".pfm", ".sgi", ".bw", ".rgb", ".rgba", ".qoi", ".pcx", ".ico", ".tga"),
+FORMATS = "PNG JPEG BMP DIB GIF TIFF WEBP AVIF JPEG2000 PPM SGI QOI PCX ICO TGA".split()
+SUFFIXES = tuple(
+    ".png .apng .jpg .jpeg .jpe .jfif .mpo .bmp .dib .gif .tif .tiff .webp .avif .jp2 .j2k .j2c "
+    ".jpc .jpf .jpx .pbm .pgm .ppm .pnm .pfm .sgi .bw .rgb .rgba .qoi .pcx .ico .tga".split()
 )
 WORKING_SIDE = 96  # px: pictures are reduced as far as their longer side stays this long
 NARROW = 4  # px: and their shorter side this long
@@ -49,6 +47,7 @@ INK = 0.45  # of the way from paper to ink, by their means: where ink begins
 SPECK = 0.02  # of the area of the largest part: what is smaller is dirt; an i's dot is some 0.05
 RIM = 0.12  # of the picture's side: where frames, rules and neighbours lie
 LONG = 0.4  # of the side: what lies along the border and is longer belongs to no character
+LINED = 0.9  # of a side: what lines all four as far is the frame of an empty box
 FAINTER = 0.8  # of the character's level: rules and box edges are fainter
 
 FINE, MARGIN = 64, 9  # px: the character's length while its strokes are evened, and room around it
@@ -267,11 +266,22 @@ def _find_light(light: np.ndarray) -> Character | None:
     if min(contrast, np.ptp(light)) < least:
         return None
     parts = _keep_character(np.uint8(light > paper + INK * contrast), light, paper)
-    if cv2.countNonZero(parts) < 2:  # px: a dot, or an empty box
+    if cv2.countNonZero(parts) < 2:  # px: a dot
         return None
+    if not small and _is_frame(parts):
+        raise ValueError(BLANK)
     around = cv2.dilate(parts, np.ones((3, 3)), iterations=1 if small else 2)  # edges of strokes
     light = np.where(around, light, np.uint8(paper))
     return Character(light, paper, contrast, cv2.boundingRect(parts))
+
+
+def _is_frame(parts: np.ndarray) -> bool:
+    """Say whether ink does no more than line the picture on all four sides: an empty box."""
+    x, y, width, height = cv2.boundingRect(parts)
+    box, high, wide = parts[y:, x:][:height, :width], round(RIM * height), round(RIM * width)
+    sides = box[:high].any(0), box[-high:].any(0), box[:, :wide].any(1), box[:, -wide:].any(1)
+    lined = min(side.mean() for side in sides) > LINED
+    return lined and box.size > 0.5 * parts.size and not box[high:-high, wide:-wide].any()
 
 
 def _noise(grey: np.ndarray) -> float:

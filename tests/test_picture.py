@@ -112,6 +112,7 @@ BESIDE = {  # what is not ink, as slices of an 84 px picture
     "frame": [np.s_[:2], np.s_[-2:], np.s_[:, :2], np.s_[:, -2:]],
     "table": [np.s_[:6]],
 }
+NOISES = ["uniform", "grain", "faint", "shaded"]
 
 
 @pytest.mark.parametrize("noise", [0, 3])
@@ -138,12 +139,7 @@ def test_the_dot_of_an_i_stays(side, width, margin, photo):
     assert starts[0] < 5
 
 
-@given(
-    st.integers(0, 2**32 - 1),
-    st.integers(24, 150),
-    st.integers(24, 150),
-    st.sampled_from(["uniform", "grain", "faint", "shaded"]),
-)
+@given(st.integers(0, 2**32 - 1), *2 * [st.integers(24, 150)], st.sampled_from(NOISES))
 @settings(max_examples=60, deadline=None)
 def test_noise_alone_is_not_ink(seed, height, width, kind):
     random, shape = np.random.default_rng(seed), (height, width)
@@ -162,6 +158,13 @@ def test_noise_alone_is_not_ink(seed, height, width, kind):
 def test_one_colour_is_not_ink(shape, level):
     with pytest.raises(ValueError, match=BLANK):
         fit(np.full(shape, level, np.uint8), SIZE)
+
+
+@pytest.mark.parametrize("inset", [0, 2, 4])
+def test_the_empty_box_of_a_form_is_blank(inset):
+    box = np.pad(np.full((60, 48), 235, np.uint8), 2, constant_values=60)
+    with pytest.raises(ValueError, match=BLANK):
+        fit(np.pad(box, inset, constant_values=235), SIZE)
 
 
 def test_colours_of_equal_lightness_keep_their_contrast():
