@@ -347,9 +347,10 @@ def write(results: Iterable[list[Result]], args: argparse.Namespace, total: int)
 
 def parse_digits(text: str) -> str | float:
     """Read --digits. Raises ValueError."""
-    if text not in ("auto", "none") and not 0 <= float(text) <= 1:
+    share = text if text in ("auto", "none") else float(text)
+    if isinstance(share, float) and not 0 <= share <= 1:
         raise ValueError
-    return text if text in ("auto", "none") else float(text)
+    return share
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -268,20 +268,20 @@ def _find_light(light: np.ndarray) -> Character | None:
     parts = _keep_character(np.uint8(light > paper + INK * contrast), light, paper)
     if cv2.countNonZero(parts) < 2:  # px: a dot
         return None
-    if not small and _is_frame(parts):
-        raise ValueError(BLANK)
+    box = cv2.boundingRect(parts)
+    if not small and _is_frame(parts, box):
+        raise ValueError(BLANK)  # for both polarities: in the other its inside would be the ink
     around = cv2.dilate(parts, np.ones((3, 3)), iterations=1 if small else 2)  # edges of strokes
-    light = np.where(around, light, np.uint8(paper))
-    return Character(light, paper, contrast, cv2.boundingRect(parts))
+    return Character(np.where(around, light, np.uint8(paper)), paper, contrast, box)
 
 
-def _is_frame(parts: np.ndarray) -> bool:
+def _is_frame(parts: np.ndarray, box: tuple[int, ...]) -> bool:
     """Say whether ink does no more than line the picture on all four sides: an empty box."""
-    x, y, width, height = cv2.boundingRect(parts)
-    box, high, wide = parts[y:, x:][:height, :width], round(RIM * height), round(RIM * width)
-    sides = box[:high].any(0), box[-high:].any(0), box[:, :wide].any(1), box[:, -wide:].any(1)
+    x, y, width, height = box
+    ink, high, wide = parts[y:, x:][:height, :width], round(RIM * height), round(RIM * width)
+    sides = ink[:high].any(0), ink[-high:].any(0), ink[:, :wide].any(1), ink[:, -wide:].any(1)
     lined = min(side.mean() for side in sides) > LINED
-    return lined and box.size > 0.5 * parts.size and not box[high:-high, wide:-wide].any()
+    return lined and ink.size > 0.5 * parts.size and not ink[high:-high, wide:-wide].any()
 
 
 def _noise(grey: np.ndarray) -> float:

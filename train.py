@@ -113,7 +113,7 @@ def parse(argv: list[str] | None = None) -> Config:
     if config.augment != "none" and not set(config.augment.split(",")) <= set(AUGMENTATIONS):
         parser.error(f"--augment {config.augment}: expected none or some of {[*AUGMENTATIONS]}")
     if config.epochs < 1 or config.batch_size < 2 or not config.lr > 0 <= config.weight_decay:
-        parser.error("expected --epochs of 1, --batch-size of 2 or more, --lr above 0")
+        parser.error("expected --epochs >= 1, --batch-size >= 2, --lr > 0, --weight-decay >= 0")
     if not 0 <= config.extra_share <= 0.5:
         parser.error("--extra-share: expected 0 to 0.5")
     return config

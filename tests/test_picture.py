@@ -112,6 +112,7 @@ BESIDE = {  # what is not ink, as slices of an 84 px picture
     "frame": [np.s_[:2], np.s_[-2:], np.s_[:, :2], np.s_[:, -2:]],
     "table": [np.s_[:6]],
 }
+SIDES = st.integers(24, 150)
 NOISES = ["uniform", "grain", "faint", "shaded"]
 
 
@@ -139,7 +140,7 @@ def test_the_dot_of_an_i_stays(side, width, margin, photo):
     assert starts[0] < 5
 
 
-@given(st.integers(0, 2**32 - 1), *2 * [st.integers(24, 150)], st.sampled_from(NOISES))
+@given(st.integers(0, 2**32 - 1), SIDES, SIDES, st.sampled_from(NOISES))
 @settings(max_examples=60, deadline=None)
 def test_noise_alone_is_not_ink(seed, height, width, kind):
     random, shape = np.random.default_rng(seed), (height, width)
