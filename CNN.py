@@ -1,17 +1,17 @@
-"""The contract between training and inference: classes, picture form, net, weights file.
+"""The contract between training and inference: classes, image form, net, weights file.
 
-    net = CNN.load("model.pt")        # a Net in eval mode, with its alphabet, temperature, figures
+    net = CNN.load("model.pt")        # a Net in eval mode, with its card
     logits = net(images)              # (N, 1, 28, 28) ink in [0, 1] -> (N, 36)
 
 `train.py` and `inference.py` both import it and never each other: what they must agree on is here.
+The original project is Hladkyi's, a student's, from which this one grew; its weights load as well.
 """
 
 import copy
 import io
 import math
 import os
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -19,15 +19,16 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.nn.utils import fusion
 
-ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # a class is the index of its character here
-SIZE = 28  # px, side of the square pictures the net reads
-MEAN, STD = 0.1736, 0.3317  # of EMNIST's pixels in [0, 1], digits and letters together
-DROPOUT = 0.28  # the origin's
+# Classes and images
+
+ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # a label is the index of its character here
 DIGITS = 10  # the first classes
-EMNIST_DIGITS = 240_000 / 364_800  # their share of its pictures
-EVALUATION_BATCH = 2048
-ECE_BINS = 15  # the customary number, Guo et al. 2017, arXiv 1706.04599
-LOOKALIKE_RATE = 0.15  # on validation the worst pairs are at 20 % and more, the next at 12 %
+SIZE = 28  # px, side of the square images that the net reads
+MEAN = 0.1736  # of EMNIST's pixels in [0, 1], digits and letters together
+STD = 0.3317  # their standard deviation
+EMNIST_DIGIT_PRIOR = 240_000 / 364_800  # digits among EMNIST's training images
+
+# Architectures
 
 
 @dataclass(frozen=True)
@@ -42,99 +43,151 @@ class Architecture:
     hidden: int = 1024
 
 
-_BLOCK = "conv norm pool relu conv norm relu drop"  # pool before relu: same values, cheaper
-_HEAD = "linear norm relu drop"
+BLOCK = "conv norm pool relu conv norm relu drop"  # pool before relu: same values, cheaper
+HEAD = "linear norm relu drop"
 ARCHITECTURES = {
-    "default": Architecture(_BLOCK, _HEAD, (48, 96), kernel=3, padding=1, hidden=384),
-    "large": Architecture(_BLOCK, _HEAD, (64, 128), kernel=3, padding=1, hidden=1536),
+    "default": Architecture(BLOCK, HEAD, (48, 96), kernel=3, padding=1, hidden=384),
+    "large": Architecture(BLOCK, HEAD, (64, 128), kernel=3, padding=1, hidden=1536),
+    # of the original project, named after the runs that its README tells of
     "run1": Architecture("conv relu norm drop pool", ""),
     "run7": Architecture("conv relu conv relu norm pool drop", "linear norm relu drop"),
     "run8": Architecture(
         "conv relu conv relu norm pool norm drop", "linear relu norm linear relu norm drop"
     ),
 }
+DROPOUT = 0.28  # the original project's
+
+
+def build_layers(
+    words: str, architecture: Architecture, inputs: int, outputs: int, dropout: float
+) -> nn.Sequential:
+    """Build the layers that `words` name: of a block on images, or of the head on vectors.
+
+    inputs, outputs: channels of what comes in and of what every layer with weights gives.
+    """
+    is_block = "conv" in words
+    layers: list[nn.Module] = []
+    for word in words.split():
+        if word == "conv":
+            kernel, padding = architecture.kernel, architecture.padding
+            layers.append(nn.Conv2d(inputs, outputs, kernel, padding=padding))
+            inputs = outputs
+        elif word == "linear":
+            layers.append(nn.Linear(inputs, outputs))
+            inputs = outputs
+        elif word == "norm":
+            layers.append(nn.BatchNorm2d(outputs) if is_block else nn.BatchNorm1d(outputs))
+        elif word == "pool":
+            layers.append(nn.MaxPool2d(2))
+        elif word == "relu":
+            layers.append(nn.ReLU())
+        elif word == "drop":
+            layers.append(nn.Dropout(dropout))
+        else:
+            raise ValueError(f"no layer {word!r}")
+    return nn.Sequential(*layers)
+
+
+# What the weights file knows beside the weights
+
+
+@dataclass(frozen=True)
+class ClassStatistics:
+    """How the features of training images lie around the mean of their class.
+
+    Features are taken at unit length and whitened by the pooled covariance within classes, so that
+    the squared Mahalanobis distance is the squared Euclidean one (Lee et al. 2018, arXiv
+    1807.03888). An image far from the mean of its class does not look typical of it.
+    """
+
+    whitening: Tensor  # (D, D): whitened = features @ whitening
+    means: Tensor  # (classes, D), whitened
+    median: float  # of the squared distances of validation images to the mean of their answer
+    quantile95: float  # 5 % of them are farther
+
+
+@dataclass
+class Card:
+    """What the weights file knows beside the weights."""
+
+    arch: str = "default"  # a name in ARCHITECTURES
+    alphabet: str = ALPHABET
+    mean: float = MEAN
+    std: float = STD
+    temperature: float = 1.0  # logits are divided by it to get calibrated probabilities
+    digit_prior: float = EMNIST_DIGIT_PRIOR  # digits among the images of training
+    lookalikes: list[str] = field(default_factory=list)  # groups that nobody can tell apart alone
+    metrics: dict = field(default_factory=dict)  # of validation and test, and the settings
+    credit: str = ""  # whose data the weights were trained on
+    statistics: ClassStatistics | None = None
+
+
+# The net
 
 
 class Net(nn.Module):
     """The two-block conv net, built from its description in `ARCHITECTURES`.
 
     arch: a name in ARCHITECTURES. xavier: Glorot & Bengio's uniform initialisation (2010) of every
-    convolution and linear layer; otherwise torch's own. What the weights file knows beside weights
-    hangs on the net: `temperature` (logits are divided by it to get calibrated probabilities),
-    `digits` (their share of the pictures it was trained on), `lookalikes` (groups of characters
-    that nobody can tell apart alone), `figures` (what it reached). The names layer1, layer2, fc1,
-    fc2 are the origin's, so that its weights fit.
+    convolution and linear layer; otherwise torch's own. `card` is what the weights file knows
+    beside the weights. The names layer1, layer2, fc1, fc2 are the original project's, so that its
+    weights fit.
     """
 
-    def __init__(
-        self,
-        arch: str = "default",
-        *,
-        alphabet: str = ALPHABET,
-        mean: float = MEAN,
-        std: float = STD,
-        dropout: float = DROPOUT,
-        xavier: bool = True,
-    ) -> None:
+    def __init__(self, arch: str = "default", *, dropout: float = DROPOUT, xavier: bool = True):
         super().__init__()
         if arch not in ARCHITECTURES:
             raise ValueError(f"no architecture {arch!r}: expected one of {list(ARCHITECTURES)}")
-        self.arch, self.alphabet, self.mean, self.std = arch, alphabet, mean, std
-        self.temperature, self.lookalikes, self.figures = 1.0, [], {}
-        self.digits = EMNIST_DIGITS
-
-        form = ARCHITECTURES[arch]
-        first, second = form.channels
-        self.layer1 = _sequence(form.block, form, 1, first, dropout)
-        self.layer2 = _sequence(form.block, form, first, second, dropout)
-        side = SIZE
-        for _ in form.channels:
-            side -= form.block.split().count("conv") * (form.kernel - 1 - 2 * form.padding)
+        self.card = Card(arch)
+        shape = ARCHITECTURES[arch]
+        middle, last = shape.channels
+        self.layer1 = build_layers(shape.block, shape, 1, middle, dropout)
+        self.layer2 = build_layers(shape.block, shape, middle, last, dropout)
+        side = SIZE  # px, of what a block gives
+        for _ in range(2):
+            side -= shape.block.split().count("conv") * (shape.kernel - 1 - 2 * shape.padding)
             side //= 2
-        flat = second * side * side
-        self.fc1 = _sequence(form.head, form, flat, form.hidden, dropout)
-        self.fc2 = nn.Linear(form.hidden if form.head else flat, len(alphabet))
+        flat = last * side * side
+        self.fc1 = build_layers(shape.head, shape, flat, shape.hidden, dropout)
+        self.fc2 = nn.Linear(shape.hidden if shape.head else flat, len(ALPHABET))
         if xavier:
             for layer in self.modules():
                 if isinstance(layer, (nn.Conv2d, nn.Linear)):
                     nn.init.xavier_uniform_(layer.weight)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the logits (N, classes) of images (N, 1, 28, 28): ink in [0, 1], paper 0."""
+    def features(self, images: Tensor) -> Tensor:
+        """Return what the last layer sees, (N, D), of images (N, 1, 28, 28): ink in [0, 1]."""
         if images.shape[1:] != (1, SIZE, SIZE):
             raise ValueError(f"images of shape {tuple(images.shape)}: expected (N, 1, 28, 28)")
-        x = (images - self.mean) / self.std
-        x = self.layer2(self.layer1(x))  # (N, 96, 7, 7) with the default net
-        return self.fc2(self.fc1(x.flatten(1)))
+        x = (images - self.card.mean) / self.card.std
+        x = self.layer1(x)  # (N, 48, 14, 14) with the default net
+        x = self.layer2(x)  # (N, 96, 7, 7)
+        return self.fc1(x.flatten(1))  # (N, 384)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits (N, classes) of images (N, 1, 28, 28): ink in [0, 1], paper 0."""
+        return self.fc2(self.features(images))
 
     def fused(self) -> "Net":
         """Return a copy for inference: in eval mode, batch norms folded into what precedes them."""
-        fuse = {nn.Conv2d: fusion.fuse_conv_bn_eval, nn.Linear: fusion.fuse_linear_bn_eval}
         net = copy.deepcopy(self).eval().requires_grad_(False)
         for sequence in (net.layer1, net.layer2, net.fc1):
-            for i, (layer, norm) in enumerate(pairwise(list(sequence))):
-                if type(layer) in fuse and isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d)):
-                    sequence[i], sequence[i + 1] = fuse[type(layer)](layer, norm), nn.Identity()
+            for i in range(len(sequence) - 1):
+                layer = sequence[i]
+                norm = sequence[i + 1]
+                if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                    sequence[i] = fusion.fuse_conv_bn_eval(layer, norm)
+                elif isinstance(layer, nn.Linear) and isinstance(norm, nn.BatchNorm1d):
+                    sequence[i] = fusion.fuse_linear_bn_eval(layer, norm)
+                else:
+                    continue
+                sequence[i + 1] = nn.Identity()
         return net
 
 
-def _sequence(
-    words: str, form: Architecture, inputs: int, width: int, dropout: float
-) -> nn.Sequential:
-    """Build the layers that `words` name; the first with weights takes `inputs` channels."""
-    make = {
-        "conv": lambda: nn.Conv2d(inputs, width, form.kernel, padding=form.padding),
-        "linear": lambda: nn.Linear(inputs, width),
-        "norm": lambda: (nn.BatchNorm2d if "conv" in words else nn.BatchNorm1d)(width),
-        "pool": lambda: nn.MaxPool2d(2),
-        "relu": nn.ReLU,
-        "drop": lambda: nn.Dropout(dropout),
-    }
-    layers: list[nn.Module] = []
-    for word in words.split():
-        layers.append(make[word]())
-        inputs = width if word in ("conv", "linear") else inputs
-    return nn.Sequential(*layers)
+# Running it
+
+EVALUATION_BATCH = 2048  # images
 
 
 def choose_device(name: str) -> torch.device:
@@ -162,38 +215,63 @@ def mixed_precision(device: torch.device) -> torch.dtype:
 
 
 @torch.no_grad()
-def predict(net: Net, images: Tensor, precision: torch.dtype = torch.float32) -> Tensor:
-    """Return the logits (N, classes), float32, of pictures (N, 28, 28) uint8, ink 255 on 0."""
+def predict(
+    net: Net, images: Tensor, precision: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Return logits (N, classes) and features (N, D), both float32, in eval mode.
+
+    images: (N, 28, 28) uint8, ink 255 on 0.
+    """
     net.eval()
-    with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
-        parts = [net(part.unsqueeze(1) / 255).float() for part in images.split(EVALUATION_BATCH)]
-    return torch.cat(parts)
+    logits = []
+    features = []
+    for part in images.split(EVALUATION_BATCH):
+        with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
+            seen = net.features(part.unsqueeze(1) / 255)  # (n, D)
+            logits.append(net.fc2(seen).float())
+        features.append(seen.float())
+    return torch.cat(logits), torch.cat(features)
 
 
-def measure(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Return the figures of a split: rates in per cent, NLL in nats.
+# How answers are measured
 
-    digits, letters: of the pictures that are; *_known: the same when only digits, or only letters,
-    can be answered. classes: mean over the classes. ece: expected calibration error of the best
-    answers, in ECE_BINS equal bins, a fraction.
+ECE_BINS = 15  # the customary number, Guo et al. 2017, arXiv 1706.04599
+
+
+def compute_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Return the metrics of a split: accuracies in per cent, NLL in nats, ECE as a fraction.
+
+    digits, letters: of the images that are; *_known: the same when only digits, or only letters,
+    can be answered. classes: mean over the classes.
     """
     confidence, answer = logits.softmax(1).max(1)
-    right, digit = (answer == labels).float(), labels < DIGITS
-    possible = (torch.arange(len(ALPHABET), device=labels.device) < DIGITS) == digit[:, None]
-    known = (logits.where(possible, -math.inf).argmax(1) == labels).float()
-    rates = {
+    right = (answer == labels).float()
+    is_digit = labels < DIGITS
+    possible = (torch.arange(len(ALPHABET), device=labels.device) < DIGITS) == is_digit[:, None]
+    right_known = (logits.where(possible, -math.inf).argmax(1) == labels).float()
+    accuracies = {
         "accuracy": right.mean(),
-        "digits": right[digit].mean(),
-        "letters": right[~digit].mean(),
-        "classes": torch.stack([right[labels == i].mean() for i in labels.unique()]).mean(),
-        "digits_known": known[digit].mean(),
-        "letters_known": known[~digit].mean(),
+        "digits": right[is_digit].mean(),
+        "letters": right[~is_digit].mean(),
+        "classes": torch.stack([right[labels == label].mean() for label in labels.unique()]).mean(),
+        "digits_known": right_known[is_digit].mean(),
+        "letters_known": right_known[~is_digit].mean(),
     }
+    metrics = {name: 100 * accuracy.item() for name, accuracy in accuracies.items()}
+    metrics["nll"] = F.cross_entropy(logits, labels).item()
+    metrics["ece"] = calibration_error(confidence, right)
+    return metrics
+
+
+def calibration_error(confidence: Tensor, right: Tensor) -> float:
+    """Return the expected calibration error in ECE_BINS equal bins, a fraction.
+
+    confidence: (N,) of the best class. right: (N,) 1 where the answer is right, 0 elsewhere.
+    """
     bins = (confidence * ECE_BINS).long().clamp(max=ECE_BINS - 1)
-    gaps = torch.zeros(ECE_BINS, device=labels.device).index_add_(0, bins, confidence - right)
-    figures = {name: 100 * rate.item() for name, rate in rates.items()}
-    figures["nll"] = F.cross_entropy(logits, labels).item()
-    return {**figures, "ece": (gaps.abs().sum() / len(labels)).item()}
+    gaps = torch.zeros(ECE_BINS, device=confidence.device)
+    gaps.index_add_(0, bins, confidence - right)
+    return (gaps.abs().sum() / len(confidence)).item()
 
 
 def calibrate(logits: Tensor, labels: Tensor) -> float:
@@ -202,17 +280,20 @@ def calibrate(logits: Tensor, labels: Tensor) -> float:
     return min(temperatures, key=lambda t: F.cross_entropy(logits / t, labels).item())
 
 
-def confuse(logits: Tensor, labels: Tensor) -> Tensor:
+def count_confusions(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the confusion table (36, 36), int64: row the truth, column the answer."""
     classes = len(ALPHABET)
     pairs = labels * classes + logits.argmax(1)
     return pairs.bincount(minlength=classes**2).view(classes, classes).cpu()
 
 
+LOOKALIKE_RATE = 0.15  # on validation the worst pairs are at 20 % and more, the next at 12 %
+
+
 def find_lookalikes(confusion: Tensor) -> list[str]:
     """Return the groups of characters that nobody can tell apart alone, such as "1IL".
 
-    Two characters are alike if their confusions, both ways, reach LOOKALIKE_RATE of the pictures
+    Two characters are alike if their confusions, both ways, reach LOOKALIKE_RATE of the images
     of the rarer one; a group is what such pairs connect.
     """
     counts = confusion.sum(1)
@@ -225,10 +306,53 @@ def find_lookalikes(confusion: Tensor) -> list[str]:
     return sorted({"".join(ALPHABET[i] for i in sorted(one)) for one in groups if len(one) > 1})
 
 
+# What is typical of a class
+
+SHRINKAGE = 0.2  # of the covariance towards the mean of its diagonal; 0.2 to 0.5 do the same
+
+
+def whiten(features: Tensor, whitening: Tensor) -> Tensor:
+    """Bring features (N, D) to unit length and whiten them; those without any stay zero."""
+    return F.normalize(features.float(), eps=1e-6) @ whitening
+
+
+def square_distances(whitened: Tensor, means: Tensor) -> Tensor:
+    """Return the squared distances (N, classes) of whitened features to whitened means."""
+    return torch.cdist(whitened, means, compute_mode="use_mm_for_euclid_dist").square()
+
+
+def compute_statistics(
+    features: Tensor, labels: Tensor, validation_features: Tensor, validation_answers: Tensor
+) -> ClassStatistics:
+    """Return the class statistics of training images, (N, D) features and (N,) labels.
+
+    The covariance within classes is pooled and shrunk (after Ledoit and Wolf 2004), so that it can
+    be inverted. Quantiles of the distance are those of validation, to the class answered.
+    """
+    units = F.normalize(features.double(), eps=1e-6)
+    means = torch.stack([units[labels == i].mean(0) for i in range(len(ALPHABET))])
+    spread = units - means[labels]
+    covariance = spread.T @ spread / len(spread)  # (D, D)
+    even = torch.eye(len(covariance), device=units.device) * covariance.diagonal().mean()
+    covariance = torch.lerp(covariance, even.double(), SHRINKAGE)
+    whitening = torch.linalg.cholesky(torch.linalg.inv(covariance))
+    whitened_means = (means @ whitening).float()
+    whitening = whitening.float()
+    distances = square_distances(whiten(validation_features, whitening), whitened_means)
+    distances = distances.gather(1, validation_answers[:, None])
+    quantiles = torch.quantile(distances.flatten(), torch.tensor([0.5, 0.95], device=units.device))
+    median, quantile95 = quantiles.tolist()
+    return ClassStatistics(whitening.cpu(), whitened_means.cpu(), median, quantile95)
+
+
+# The weights file
+
+
 def write_atomically(payload: object, path: Path) -> None:
     """Save `payload` with torch.save so that `path` holds the old file or the new one, whole."""
-    path, buffer = Path(path).resolve(), io.BytesIO()  # a link stays, its target changes
+    path = Path(path).resolve()  # a link stays, its target changes
     part = path.with_name(path.name + ".part")
+    buffer = io.BytesIO()
     torch.save(payload, buffer)  # not to the file: torch reports a full disk as it happens
     try:
         part.write_bytes(buffer.getbuffer())
@@ -238,25 +362,25 @@ def write_atomically(payload: object, path: Path) -> None:
         raise
 
 
-DESCRIPTION = ["arch", "alphabet", "mean", "std", "temperature", "digits", "lookalikes", "figures"]
-
-
 def save(net: Net, path: Path) -> None:
-    """Write weights and all that a reader of them needs, atomically. Raises OSError."""
+    """Write the weights and their card, atomically. Raises OSError."""
     weights = {key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}
-    payload = {name: getattr(net, name) for name in DESCRIPTION}
-    write_atomically({**payload, "state_dict": weights}, path)
+    write_atomically(asdict(net.card) | {"state_dict": weights}, path)
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> Net:
-    """Read our weights file, or the origin's, into a Net in eval mode.
+    """Read our weights file, or the original project's, into a Net in eval mode.
 
     Nothing in the file is executed (weights_only). Raises ValueError, one line, for any file that
     is not whole and ours; OSError where it can't be read.
     """
     data = io.BytesIO(Path(path).read_bytes())  # of a file cut short, torch says "invalid argument"
     try:
-        net = _described(torch.load(data, map_location="cpu", weights_only=True))
+        content = torch.load(data, map_location="cpu", weights_only=True)
+        if any(key.startswith("_orig_mod.") for key in content):
+            net = _load_original(content)
+        else:
+            net = _load_ours(content)
     except Exception as error:  # whatever unpickling foreign bytes and filling a net may raise
         reason = " ".join(str(error).rpartition("WeightsUnpickler error: ")[2].split())[:100]
         what = f"no weights of ours, or damaged ({type(error).__name__}: {reason!a})"
@@ -264,22 +388,30 @@ def load(path: Path, device: torch.device | str = "cpu") -> Net:
     return net.eval().to(device)
 
 
-def _described(content: dict) -> Net:
-    """Build the net that the content of a weights file describes.
+OLD_NAMES = {"figures": "metrics", "digits": "digit_prior"}  # in files before 2026-11-26
 
-    The origin's (keys under `_orig_mod.`, 37 outputs of which the last was never trained) is run8.
-    """
-    if any(key.startswith("_orig_mod.") for key in content):
-        net = Net("run8", mean=0.1307, std=0.3081)  # of MNIST, as the origin took them
-        state = {key.removeprefix("_orig_mod."): tensor for key, tensor in content.items()}
-        state |= {key: state[key][: len(ALPHABET)] for key in ("fc2.weight", "fc2.bias")}
-    else:
-        net = Net(content["arch"], **{key: content[key] for key in ("alphabet", "mean", "std")})
-        state = content["state_dict"]
-        if not 0 < len(net.alphabet) == len(set(net.alphabet) & set(ALPHABET)):
-            raise ValueError(f"alphabet {net.alphabet}: expected distinct ones of {ALPHABET}")
-        for name in ("temperature", "lookalikes", "figures"):
-            setattr(net, name, content[name])
-        net.digits = content.get("digits", EMNIST_DIGITS)  # files before 2026-11-24 have none
+
+def _load_ours(content: dict) -> Net:
+    content = {OLD_NAMES.get(name, name): value for name, value in content.items()}
+    known = {one.name: content[one.name] for one in fields(Card) if one.name in content}
+    if known.get("statistics"):
+        known["statistics"] = ClassStatistics(**known["statistics"])
+    card = Card(**known)
+    if card.alphabet != ALPHABET:
+        raise ValueError(f"alphabet {card.alphabet}: expected {ALPHABET}")
+    net = Net(content["arch"])
+    net.card = card
+    net.load_state_dict(content["state_dict"])
+    return net
+
+
+def _load_original(content: dict) -> Net:
+    """Build the original project's net, run8, of which the last of 37 outputs was never trained."""
+    net = Net("run8")
+    net.card.mean = 0.1307  # of MNIST, as the original project took them
+    net.card.std = 0.3081
+    state = {key.removeprefix("_orig_mod."): tensor for key, tensor in content.items()}
+    for name in ("fc2.weight", "fc2.bias"):
+        state[name] = state[name][: len(ALPHABET)]
     net.load_state_dict(state)
     return net

@@ -176,11 +176,18 @@ class Classifier:
         torch.set_num_threads(1)  # `run` has passes of the net side by side instead
         self.device = CNN.choose_device(args.device)
         net = CNN.load(args.model, self.device)
-        self.characters = parse_alphabet(args.alphabet, net.alphabet)
-        self.classes = [net.alphabet.index(character) for character in self.characters]
-        self.temperature, self.lookalikes, self.side = net.temperature, net.lookalikes, CNN.SIZE
-        self.is_digit = np.array([character.isdigit() for character in net.alphabet])
-        self.digits, self.prior = net.digits, torch.zeros(len(net.alphabet), device=self.device)
+        self.characters = parse_alphabet(args.alphabet, net.card.alphabet)
+        self.classes = [net.card.alphabet.index(character) for character in self.characters]
+        self.temperature, self.lookalikes, self.side = (
+            net.card.temperature,
+            net.card.lookalikes,
+            CNN.SIZE,
+        )
+        self.is_digit = np.array([character.isdigit() for character in net.card.alphabet])
+        self.digits, self.prior = (
+            net.card.digit_prior,
+            torch.zeros(len(net.card.alphabet), device=self.device),
+        )
         self.mixed = len({*self.is_digit[self.classes]}) == 2  # digits and letters
         self.topk, self.minimum = args.topk, args.min_confidence
         on_cpu = self.device.type == "cpu"

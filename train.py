@@ -417,7 +417,7 @@ def start(config: Config, machine: Machine, pictures: int) -> State:
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     make = OPTIMIZERS[config.optimizer]
     optimizer = make(net.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    settings = {**config.bound, "arch": net.arch, "pictures": pictures}
+    settings = {**config.bound, "arch": net.card.arch, "pictures": pictures}
     return State(net, average, optimizer, torch.zeros((), device=machine.device), settings)
 
 
@@ -525,7 +525,7 @@ def make_loss(net: Net, config: Config, machine: Machine) -> Callable[[Tensor, T
             if not teachers:
                 return loss
             with torch.no_grad():
-                answers = [(t(images) / t.temperature).softmax(1) for t in teachers]
+                answers = [(t(images) / t.card.temperature).softmax(1) for t in teachers]
             return torch.lerp(loss, F.cross_entropy(logits, sum(answers) / len(answers)), TEACHING)
 
     if config.compile or (config.compile is None and device == "cuda"):
@@ -580,8 +580,8 @@ def learn(
 
 def finish_epoch(state: State, validation: Split, speed: float, machine: Machine, log: Log) -> None:
     """Measure the averaged weights on validation and keep the best; say and log how it went."""
-    logits = CNN.predict(state.average, validation.images, machine.precision)
-    figures = CNN.measure(logits, validation.labels)
+    logits, _ = CNN.predict(state.average, validation.images, machine.precision)
+    figures = CNN.compute_metrics(logits, validation.labels)
     epoch = len(state.history) + 1
     loss = state.loss.item() * epoch / state.step
     if all(figures["nll"] < earlier["nll"] for earlier in state.history):
@@ -618,22 +618,37 @@ def train(config: Config) -> dict:
     net = state.average
     net.load_state_dict(state.best)
     drawn = training.labels[draw_epoch(training, 0, config)]
-    net.digits = (drawn < CNN.DIGITS).float().mean().item()
-    logits = CNN.predict(net, validation.images, machine.precision)
-    net.temperature = CNN.calibrate(logits, validation.labels)
-    net.lookalikes = CNN.find_lookalikes(CNN.confuse(logits, validation.labels))
-    figures = {"validation": CNN.measure(logits / net.temperature, validation.labels)}
-    logits = CNN.predict(net, test.images, machine.precision)
-    figures["test"] = CNN.measure(logits / net.temperature, test.labels)
-    net.figures = {**figures, "settings": state.settings}
+    net.card.digit_prior = (drawn < CNN.DIGITS).float().mean().item()
+    logits, features = CNN.predict(net, validation.images, machine.precision)
+    net.card.temperature = CNN.calibrate(logits, validation.labels)
+    net.card.lookalikes = CNN.find_lookalikes(CNN.count_confusions(logits, validation.labels))
+    net.card.statistics = measure_statistics(net, training, features, logits.argmax(1), machine)
+    metrics = {"validation": CNN.compute_metrics(logits / net.card.temperature, validation.labels)}
+    logits, _ = CNN.predict(net, test.images, machine.precision)
+    metrics["test"] = CNN.compute_metrics(logits / net.card.temperature, test.labels)
+    net.card.metrics = {**metrics, "settings": state.settings}
     try:
         CNN.save(net, config.out)
     except OSError as error:
         fail(f"--out {config.out}", error, "make room, then --resume writes it")
     config.checkpoint.unlink(missing_ok=True)
-    log.do(lambda run: log_results(run, figures["test"], test.labels, logits.argmax(1), config.out))
-    confusion = CNN.confuse(logits, test.labels).tolist()
-    return {**figures, "history": state.history, "confusion": confusion}
+    log.do(lambda run: log_results(run, metrics["test"], test.labels, logits.argmax(1), config.out))
+    confusion = CNN.count_confusions(logits, test.labels).tolist()
+    return {**metrics, "history": state.history, "confusion": confusion}
+
+
+STATISTICS_IMAGES = 1000  # of each class, un-augmented, EMNIST's; more change nothing
+
+
+def measure_statistics(
+    net: Net, training: Split, features: Tensor, answers: Tensor, machine: Machine
+) -> CNN.ClassStatistics:
+    """Return the class statistics of training; features and answers are those of validation."""
+    labels = training.labels[: len(training.labels) - training.extra]  # without extra images
+    rows = [(labels == i).nonzero()[:STATISTICS_IMAGES, 0] for i in range(len(ALPHABET))]
+    rows = torch.cat(rows)
+    _, known = CNN.predict(net, training.images[rows], machine.precision)
+    return CNN.compute_statistics(known, labels[rows], features, answers)
 
 
 def format_results(results: dict) -> str:

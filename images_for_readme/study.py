@@ -172,16 +172,16 @@ def write_test(folder: Path, test: train.Split, side: int = SIZE) -> Path:
 def shipped(args: argparse.Namespace, scratch: Path) -> tuple[str, dict]:
     """Measure on EMNIST's test: by the net in float32, and by inference.py."""
     net, test = CNN.load(args.model), train.read_emnist(args.data, train=False)
-    logits = CNN.predict(net, test.images) / net.temperature
+    logits = CNN.predict(net, test.images)[0] / net.card.temperature
     rows = answer(write_test(scratch, test), args)
     return f"{len(rows):,} test pictures of the EMNIST sample", {
         "parameters": sum(parameter.numel() for parameter in net.parameters()),
         "bytes": args.model.stat().st_size,
-        "temperature": net.temperature,
-        "validation": net.figures["validation"],
-        "test": CNN.measure(logits, test.labels),
+        "temperature": net.card.temperature,
+        "validation": net.card.metrics["validation"],
+        "test": CNN.compute_metrics(logits, test.labels),
         "through_inference": score(rows),
-        "confusion": CNN.confuse(logits, test.labels).tolist(),
+        "confusion": CNN.count_confusions(logits, test.labels).tolist(),
         "doubt": weigh_doubt(rows),
     }
 

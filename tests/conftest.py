@@ -41,7 +41,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for _ in range(30):  # until the norms know what they normalise
             net(torch.from_numpy(drawn).unsqueeze(1) / 255)
         net.fc2.weight.mul_(4)
-    net.temperature, net.lookalikes = 1.7, ["0O", "1IL"]
+    net.card.temperature = 1.7
+    net.card.lookalikes = ["0O", "1IL"]
     path = tmp_path_factory.mktemp("weights") / "model.pt"
     CNN.save(net, path)
     return path

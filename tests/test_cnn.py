@@ -2,8 +2,10 @@
 
 import math
 import pickle
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -20,16 +22,20 @@ def net() -> Net:
     torch.manual_seed(SEED)
     made = Net("run1")
     made.train()(torch.rand(64, 1, 28, 28))
-    made.temperature, made.lookalikes, made.digits = 1.25, ["0O", "1I"], 0.5
-    made.figures = {"test": {"accuracy": 93.7, "nll": 0.183}, "settings": {"epochs": 20}}
+    made.card.temperature = 1.25
+    made.card.lookalikes = ["0O", "1I"]
+    made.card.digit_prior = 0.5
+    made.card.metrics = {"test": {"accuracy": 93.7, "nll": 0.183}, "settings": {"epochs": 20}}
     return made.eval()
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_shapes(arch):
     assert Net(arch).eval()(torch.rand(3, 1, 28, 28)).shape == (3, 36)
-    net = Net(arch, alphabet="XY").eval()
-    assert net(torch.rand(0, 1, 28, 28)).shape == (0, 2)
+    net = Net(arch).eval()
+    assert net(torch.rand(0, 1, 28, 28)).shape == (0, 36)
+    width = net.fc2.in_features
+    assert net.features(torch.rand(2, 1, 28, 28)).shape == (2, width)
     for shape in ((28, 28), (1, 28, 28), (2, 3, 28, 28), (2, 1, 28, 27)):
         with pytest.raises(ValueError, match=r"expected \(N, 1, 28, 28\)"):
             net(torch.rand(shape))
@@ -85,27 +91,79 @@ def test_fused_net_is_the_same_net_with_fewer_norms(arch):
     assert str(net) == before
 
 
-def test_round_trip(net, tmp_path):
+def statistics(width: int) -> CNN.ClassStatistics:
+    """Statistics of no merit."""
+    return CNN.ClassStatistics(torch.eye(width), torch.rand(36, width), 10.0, 20.0)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_what_is_saved_is_loaded(net, tmp_path, known):
     (tmp_path / "model.pt").symlink_to(tmp_path / "real.pt")  # a link stays one
+    net.card.statistics = statistics(net.fc2.in_features) if known else None
     images = torch.rand(5, 1, 28, 28)
-    for made in (net, Net("run1", alphabet="ABC", mean=0.5, std=0.25).eval()):
-        CNN.save(made, tmp_path / "model.pt")
-        again = CNN.load(tmp_path / "real.pt")
-        assert torch.equal(again(images), made(images))
-        assert not again.training
-        for name in CNN.DESCRIPTION:
-            assert getattr(again, name) == getattr(made, name), name
+    CNN.save(net, tmp_path / "model.pt")
+    again = CNN.load(tmp_path / "real.pt")
+    assert torch.equal(again(images), net(images))
+    assert not again.training
+    saved = asdict(net.card)
+    loaded = asdict(again.card)
+    torch.testing.assert_close(loaded.pop("statistics"), saved.pop("statistics"))
+    assert loaded == saved
+
+
+def test_a_file_from_before_the_statistics_is_loaded(net, tmp_path):
+    CNN.save(net, tmp_path / "model.pt")
+    content = torch.load(tmp_path / "model.pt", weights_only=True)
+    for name in ("statistics", "credit"):
+        del content[name]
+    content["figures"] = content.pop("metrics")
+    content["digits"] = content.pop("digit_prior")
+    torch.save(content, tmp_path / "old.pt")
+    card = CNN.load(tmp_path / "old.pt").card
+    assert card.statistics is None
+    assert card.metrics == net.card.metrics
+    assert card.digit_prior == net.card.digit_prior
+
+
+def test_distances_are_those_of_mahalanobis():
+    """The formula with the inverse of the covariance, written out for each picture."""
+    random = torch.Generator().manual_seed(SEED)
+    centres = torch.rand(36, 6, generator=random)
+    labels = torch.arange(36).repeat(50)
+    features = (centres[labels] + 0.1 * torch.rand(1800, 6, generator=random)).clamp(0)
+    found = CNN.compute_statistics(features, labels, features, labels)
+    units = features.numpy() / np.linalg.norm(features, axis=1, keepdims=True)
+    means = np.stack([units[labels == i].mean(0) for i in range(36)])
+    within = units - means[labels]
+    covariance = within.T @ within / 1800
+    covariance = 0.8 * covariance + 0.2 * np.eye(6) * np.diag(covariance).mean()
+    away = units[:, None] - means
+    expected = np.einsum("ncd,de,nce->nc", away, np.linalg.inv(covariance), away)
+    distances = CNN.square_distances(CNN.whiten(features, found.whitening), found.means)
+    np.testing.assert_allclose(distances, expected, rtol=1e-2, atol=1e-2)
+    assert found.median == pytest.approx(np.median(expected[range(1800), labels]), rel=1e-2)
+    assert found.quantile95 == pytest.approx(
+        np.quantile(expected[range(1800), labels], 0.95), rel=1e-2
+    )
+
+
+def test_an_image_without_a_feature_has_a_distance():
+    found = statistics(6)
+    distances = CNN.square_distances(CNN.whiten(torch.zeros(1, 6), found.whitening), found.means)
+    assert distances.isfinite().all()
 
 
 def test_origins_file(tmp_path):
     """What the origin's train.py leaves: a compiled net's state_dict, 37 outputs."""
-    net, images = Net("run8", mean=0.1307, std=0.3081).eval(), torch.rand(3, 1, 28, 28)
+    net, images = Net("run8").eval(), torch.rand(3, 1, 28, 28)
+    net.card.mean = 0.1307
+    net.card.std = 0.3081
     state = {f"_orig_mod.{name}": tensor for name, tensor in net.state_dict().items()}
     for name in ("_orig_mod.fc2.weight", "_orig_mod.fc2.bias"):
         state[name] = torch.cat([state[name], torch.full_like(state[name][:1], 1e3)])
     torch.save(state, tmp_path / "origin.pt")
     again = CNN.load(tmp_path / "origin.pt")
-    assert (again.arch, again.mean, again.std) == ("run8", 0.1307, 0.3081)
+    assert again.card == net.card
     assert torch.equal(again(images), net(images))
 
 
@@ -141,7 +199,7 @@ def test_other_content_is_refused(net, tmp_path):
     good = torch.load(path, weights_only=True)
     weights = good["state_dict"]
     others = [[1, 2], dict(weights), {"optimizer": {}, "model": weights}]
-    others += [{key: good[key] for key in good if key != gone} for gone in good if gone != "digits"]
+    others += [{key: good[key] for key in good if key != gone} for gone in ("arch", "state_dict")]
     for change in (
         *({"arch": arch} for arch in ("run7", "run9")),
         *({"alphabet": wrong} for wrong in ("A" * 36, CNN.ALPHABET[:35] + "é")),
@@ -170,7 +228,7 @@ def test_code_in_a_file_is_not_executed(net, tmp_path):
     CNN.save(net, path)
     good = torch.load(path, weights_only=True)
     weights = good["state_dict"] | {"fc2.weight": code}
-    for content in (code, {code: 1}, good | {"figures": code}, good | {"state_dict": weights}):
+    for content in (code, {code: 1}, good | {"metrics": code}, good | {"state_dict": weights}):
         torch.save(content, path)
         assert "open" in refusal(path)
         assert not trap.exists()

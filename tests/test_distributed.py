@@ -80,7 +80,7 @@ def test_two_ranks_share_the_work_and_the_first_writes_also_when_stopped(tiny_em
     assert epochs == [f"epoch {n}/12" for n in range(done + 1, 13)]
     assert texts[0].count("most confused on test") == 1
     assert texts[1].count("epoch") + texts[1].count("most confused") == 0
-    assert CNN.load(tmp_path / "model.pt").figures["test"]["accuracy"] > 40
+    assert CNN.load(tmp_path / "model.pt").card.metrics["test"]["accuracy"] > 40
     assert sorted(tmp_path.iterdir()) == [tmp_path / "model.pt", *said]
 
 

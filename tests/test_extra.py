@@ -86,11 +86,11 @@ def test_init_starts_from_a_file_and_learns_the_extra(config, pictures, tmp_path
         torch.testing.assert_close(state.net.state_dict()[key], value)
     results = train.train(config)
     net = CNN.load(config.out)
-    assert net.arch == start.arch
+    assert net.card.arch == start.card.arch
     assert results["test"]["accuracy"] > 60  # hardly moved by one epoch at this rate
     labels = train.add_extra(train.read_emnist(config.data, train=True), pictures).labels
     share = (labels[:-7] < 10).float().mean() * 0.75 + 3 / 7 * 0.25
-    assert net.digits == pytest.approx(share.item(), abs=0.08)
+    assert net.card.digit_prior == pytest.approx(share.item(), abs=0.08)
 
 
 def test_teachers_answers_are_learned(config, tmp_path):

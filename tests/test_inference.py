@@ -158,7 +158,7 @@ def test_answers_are_those_of_the_net_alone(run, folder, weights):
     for entry in answered:
         images = torch.from_numpy(prepare(entry["path"], CNN.SIZE)).unsqueeze(1) / 255
         with torch.inference_mode():
-            p = (net(images) / net.temperature).softmax(1)
+            p = (net(images) / net.card.temperature).softmax(1)
         first, last = p[0], p[-1]
         taken = last if last.max() > first.max() * np.exp(inference.LEAN) else first
         same += CNN.ALPHABET[taken.argmax()] == entry["character"]

@@ -43,7 +43,7 @@ def test_shipped_weights_read_the_samples(capfd, monkeypatch):
 
     answers = {Path(path).name: chr(int(code)) for code, path in lines}
     wrong = {name: answer for name, answer in answers.items() if name[0] != answer}
-    groups = [set(group) for group in CNN.load(ROOT / "model.pt").lookalikes]
+    groups = [set(group) for group in CNN.load(ROOT / "model.pt").card.lookalikes]
     unlike = {n: a for n, a in wrong.items() if not any({n[0], a} <= group for group in groups)}
     assert len(FILES) - len(wrong) >= RIGHT, wrong
     assert len(FILES) - len(unlike) >= RIGHT_BUT_FOR_LOOKALIKES, unlike

@@ -199,10 +199,10 @@ def test_measure_and_confuse_are_what_numpy_counts():
     expected["nll"] = -np.log(probabilities[np.arange(400), labels]).mean()
     expected["ece"] = np.abs(gaps).sum() / 400
     tensors = torch.from_numpy(logits), torch.from_numpy(labels)
-    assert CNN.measure(*tensors) == pytest.approx(expected, rel=1e-4)
+    assert CNN.compute_metrics(*tensors) == pytest.approx(expected, rel=1e-4)
     table = np.zeros((36, 36), int)
     np.add.at(table, (labels, logits.argmax(1)), 1)
-    assert np.array_equal(CNN.confuse(*tensors), table)
+    assert np.array_equal(CNN.count_confusions(*tensors), table)
 
 
 def test_calibrate_finds_the_temperature_that_made_the_labels():
@@ -241,16 +241,19 @@ def test_training_learns_and_the_weights_file_tells_all(run_train, tiny_emnist, 
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
 
     net, test = CNN.load(tmp_path / "model.pt"), train.read_emnist(tiny_emnist, train=False)
-    logits = CNN.predict(net, test.images) / net.temperature
-    figures, confusion = CNN.measure(logits, test.labels), CNN.confuse(logits, test.labels)
+    logits = CNN.predict(net, test.images)[0] / net.card.temperature
+    figures, confusion = (
+        CNN.compute_metrics(logits, test.labels),
+        CNN.count_confusions(logits, test.labels),
+    )
     assert figures["accuracy"] > 50
-    assert net.figures["test"] == pytest.approx(figures, rel=1e-4)
+    assert net.card.metrics["test"] == pytest.approx(figures, rel=1e-4)
     assert out.splitlines()[1].split()[::2] == ["accuracy", f"{figures['accuracy']:.4f}"]
     i, j = divmod(confusion.fill_diagonal_(0).argmax().item(), 36)
     assert f"truth>answer: {ALPHABET[i]}>{ALPHABET[j]} {confusion[i, j]}, " in out
-    assert net.alphabet == ALPHABET
-    assert net.temperature != 1
-    settings = net.figures["settings"]
+    assert net.card.alphabet == ALPHABET
+    assert net.card.temperature != 1
+    settings = net.card.metrics["settings"]
     assert (settings["lr"], settings["augment"], settings["epochs"]) == (0.003, "none", 10)
 
 
@@ -263,7 +266,7 @@ def test_best_epoch_by_validation_is_kept_and_test_is_read_once(config, monkeypa
     assert best < results["history"][-1]["nll"]
     both = train.read_emnist(config.data, train=True)
     held = train.held_out(both.images)
-    logits = predict(CNN.load(config.out), both.images[held])
+    logits = predict(CNN.load(config.out), both.images[held])[0]
     assert F.cross_entropy(logits, both.labels[held]).item() == pytest.approx(best, rel=1e-5)
     assert results["validation"]["nll"] <= best  # by the temperature
     assert sizes.count(72) == 1
@@ -279,7 +282,7 @@ def test_every_net_and_every_optimizer_lowers_the_loss(config, arch):
     assert (group["weight_decay"], group.get("momentum", 0.9)) == (0.05, 0.9)
     first, second = (entry["loss"] for entry in train.train(config)["history"])
     assert second < first
-    assert CNN.load(config.out).arch == arch
+    assert CNN.load(config.out).card.arch == arch
 
 
 @pytest.mark.parametrize("ema", [0.6, 0.0])
@@ -365,14 +368,14 @@ def test_what_the_machine_lacks_is_one_line_with_a_remedy(run_train, monkeypatch
 
 
 def test_disk_too_full_for_checkpoints_costs_a_warning_each(run_train, tmp_path, disk_for):
-    disk_for(600_000)  # bytes: weights have 363,000, a checkpoint 1,400,000
-    status, _, err = run_train()
+    disk_for(12_000_000)  # bytes: weights have 8,500,000, a checkpoint 39,000,000
+    status, _, err = run_train("--arch", "default")
     assert status == 0
     warning = f"no checkpoint at step %d: {tmp_path}/model.checkpoint.pt: File too large"
     said = [line for line in err.splitlines() if line.startswith("warning: ")]
     assert said == [f"warning: {warning % step}" for step in (8, 16, 24)]
     (weights,) = tmp_path.iterdir()
-    assert CNN.load(weights).figures["test"]["accuracy"] >= 0
+    assert CNN.load(weights).card.metrics["test"]["accuracy"] >= 0
 
 
 def test_training_that_diverges_is_one_line_and_keeps_the_old_weights(run_train, tmp_path):

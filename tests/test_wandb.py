@@ -37,7 +37,7 @@ def test_without_a_key_the_real_log_is_offline_and_whole(run_train, tmp_path, mo
     (log,) = Path(first.rpartition(" ")[2]).glob("run-*.wandb")
     data, block, header = log.read_bytes(), 32_768, 7  # bytes: LevelDB's form
     data = b"".join(data[i + header : i + block] for i in range(0, len(data), block))
-    test = CNN.load(tmp_path / "model.pt").figures["test"]
+    test = CNN.load(tmp_path / "model.pt").card.metrics["test"]
     names = [f"{part}/{name}" for part in ("val", "test") for name in test]
     words = ("train/loss", "lr", "test/confusion_table", "emnist-cnn", "0.00321")
     for text in (*words, *names, json.dumps(test["nll"])):
@@ -73,7 +73,7 @@ def test_failing_wandb_is_one_warning(run_train, fake, tmp_path, monkeypatch, ca
         assert "wandb: " not in run_train("--no-wandb", "--epochs", 1).err
     status, _, err = run_train("--wandb", "--epochs", 2)
     assert status == 0
-    assert CNN.load(tmp_path / "model.pt").figures["test"]["accuracy"] >= 0
+    assert CNN.load(tmp_path / "model.pt").card.metrics["test"]["accuracy"] >= 0
     (line,) = [line for line in err.splitlines() if "warning: " in line or line == "luck"]
     assert line.startswith("warning: wandb: ")
     assert line.endswith(": training goes on without its log")
