@@ -10,8 +10,8 @@ prints one line per picture, the ASCII code of the character and the path, by fo
 Digits and letters, 36 classes; pictures of one character, of any size, dark on light or light on
 dark. `--format csv` or `json` adds confidences, alternatives and errors, `--report FILE.html` makes
 a page to look through. Results go to stdout or `--output`, all else to stderr. Exit code: 0 all
-answered, 1 some could not be (but under torchrun, which would end the other processes), 2 wrong
-usage, 130 interrupted.
+answered, 1 some could not be or none was found (but under torchrun, which would end the other
+processes), 2 wrong usage, a full disk or GPU, 130 interrupted.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import csv
 import gc
 import io
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -55,6 +56,10 @@ UNPRINTABLE = re.compile(  # backslash, control characters and bytes that are no
 )
 
 
+class UsageError(Exception):
+    """What was asked for can't be done; one line for the user."""
+
+
 class Result(NamedTuple):
     """What becomes of a picture: at first its images, then the answer; or an error."""
 
@@ -73,6 +78,7 @@ def list_pictures(inputs: Iterable[str]) -> tuple[list[str], list[OSError], int]
 
     A file in `inputs` is always taken, in a folder what has a picture's suffix; an input given
     twice counts once. A folder's pictures come by name, then its folders, but for links to folders.
+    What is hidden in a folder (.git, macOS's ._scan.png) is passed over and not counted.
     """
     paths, errors, others = [], [], 0
     for name in dict.fromkeys(PurePath(name).as_posix() for name in inputs):
@@ -80,7 +86,8 @@ def list_pictures(inputs: Iterable[str]) -> tuple[list[str], list[OSError], int]
             paths.append(name)
             continue
         for folder, folders, files in os.walk(name, onerror=errors.append):
-            folders.sort()
+            folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
+            files = [file for file in files if not file.startswith(".")]
             found = sorted(file for file in files if file.lower().endswith(SUFFIXES))
             paths += [os.path.join(folder, file).removeprefix("./") for file in found]
             others += len(files) - len(found)
@@ -105,19 +112,34 @@ def confine() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (WORKER_BYTES, hard))
 
 
-def prepare_all(paths: list[str], side: int, thumbnails: bool) -> list[Result]:
-    """Read and fit pictures: the work of a process."""
+def limit_time(seconds: float) -> None:
+    """Let SIGALRM end this process unless it is called again in time; 0: take the limit off."""
+    if hasattr(signal, "setitimer"):  # Windows has none: there the limit of the whole chunk counts
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+def prepare_all(paths: list[str], side: int, thumbnails: bool, timeout: float) -> list[Result]:
+    """Read and fit pictures, each in `timeout` seconds: the work of a process."""
     results = []
-    for path in paths:
-        images, error, view = (), "", ""
-        try:
-            images = tuple(image.tobytes() for image in prepare(path, side))
-        except ValueError as problem:
-            error = str(problem)
-        if thumbnails and error in ("", BLANK):
-            view = thumbnail(path)
-        results.append(Result(path, error=error, images=images, thumbnail=view))
+    try:
+        for path in paths:
+            limit_time(timeout)
+            results.append(prepare_one(path, side, thumbnails))
+    finally:
+        limit_time(0)
     return results
+
+
+def prepare_one(path: str, side: int, thumbnails: bool) -> Result:
+    """Read and fit a picture."""
+    images, error, view = (), "", ""
+    try:
+        images = tuple(image.tobytes() for image in prepare(path, side))
+    except ValueError as problem:
+        error = str(problem)
+    if thumbnails and error in ("", BLANK):
+        view = thumbnail(path)
+    return Result(path, error=error, images=images, thumbnail=view)
 
 
 def thumbnail(path: str) -> str:
@@ -174,9 +196,12 @@ class Classifier:
         import CNN
 
         torch.set_num_threads(1)  # `run` has passes of the net side by side instead
-        self.device = CNN.choose_device(args.device)
-        net = CNN.load(args.model, self.device)
-        self.characters = parse_alphabet(args.alphabet, net.card.alphabet)
+        try:
+            self.device = CNN.choose_device(args.device)
+            net = CNN.load(args.model, self.device)
+            self.characters = parse_alphabet(args.alphabet, net.card.alphabet)
+        except ValueError as error:
+            raise UsageError(error) from None
         self.classes = [net.card.alphabet.index(character) for character in self.characters]
         self.temperature, self.lookalikes, self.side = (
             net.card.temperature,
@@ -384,7 +409,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if not 0 <= args.min_confidence <= 1:
         parser.error("--min-confidence: expected 0 to 1")
-    if not min(args.topk, args.batch_size, args.workers, args.timeout) > 0:
+    if not (min(args.topk, args.batch_size, args.workers) > 0 and 0 < args.timeout < math.inf):
         parser.error("--topk, --batch-size, --workers, --timeout: expected more than 0")
     args.rank, args.ranks = 0, 1
     if "TORCHELASTIC_RUN_ID" in os.environ:  # schedulers set RANK for their own ends
@@ -398,10 +423,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def check_files(args: argparse.Namespace) -> None:
-    """Raise ValueError where an input is missing or an output would replace what is read."""
+    """Raise UsageError where an input is missing or an output would replace what is read."""
     for name in args.input:
         if not os.path.lexists(name):
-            raise ValueError(f"--input {escaped(name)}: no such file or folder")
+            raise UsageError(f"--input {escaped(name)}: no such file or folder")
     taken = {os.path.realpath(file) for file in (PAGE, args.model, *args.input)}
     for flag, file in (("--output", args.output), ("--report", args.report)):
         whole = os.path.realpath(file) if file else ""
@@ -409,12 +434,12 @@ def check_files(args: argparse.Namespace) -> None:
         is_picture = os.path.exists(whole) and whole.lower().endswith(SUFFIXES)
         if special or is_picture or {whole, f"{whole}.partial"} & taken:
             reason = "not a regular file" if special else "would replace what is read"
-            raise ValueError(f"{flag} {escaped(str(file))}: {reason}: choose another")
+            raise UsageError(f"{flag} {escaped(str(file))}: {reason}: choose another")
         taken |= {whole} - {""}
 
 
 def run(args: argparse.Namespace) -> int:
-    """Classify everything in args.input; return the exit code, 0 or 1. Raises ValueError."""
+    """Classify everything in args.input; return the exit code, 0 or 1. Raises UsageError."""
     check_files(args)
     paths, errors, passed_over = list_pictures(args.input)
     own, errors = range(args.rank, len(paths), args.ranks), errors[args.rank :: args.ranks]
@@ -427,8 +452,10 @@ def run(args: argparse.Namespace) -> int:
         started = time.monotonic()
 
         def submit(chunk: list[str]) -> Future:
-            work = (chunk, classifier.side, bool(args.report))
-            return pool.schedule(prepare_all, work, timeout=args.timeout)
+            alone = len(chunk) == 1  # then the pool's limit is the picture's
+            each = 0 if alone else args.timeout
+            work = (chunk, classifier.side, bool(args.report), each)
+            return pool.schedule(prepare_all, work, timeout=args.timeout * len(chunk))
 
         def read_those(numbers: list[int]) -> Iterator[Result]:
             chunks = [numbers[i : i + CHUNK] for i in range(0, len(numbers), CHUNK)]
@@ -459,7 +486,7 @@ def run(args: argparse.Namespace) -> int:
     if sample:
         said += f", about {100 * share:.0f} % digits"
     print(f"{total:,} pictures: {said} ({total / seconds:,.0f} pictures/s)", file=sys.stderr)
-    return int(total > counts["answered"] and args.ranks == 1)
+    return int((total > counts["answered"] or not paths) and args.ranks == 1)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -479,8 +506,14 @@ def main(arguments: list[str] | None = None) -> int:
         message, code = f"stopped by {signal.Signals(number).name}", 128 + number
         if args.output:
             message += f"; what was answered is in {escaped(os.path.realpath(args.output))}.partial"
-    except (OSError, RuntimeError, ValueError) as error:  # a full disk, a GPU without memory
+    except (OSError, UsageError) as error:  # such as a full disk
         message, code = str(error).partition("\n")[0], 2
+    except RuntimeError as error:
+        import torch
+
+        if not isinstance(error, torch.OutOfMemoryError):
+            raise
+        message, code = f"{str(error).partition('. ')[0]}: try a smaller --batch-size", 2
     print(f"inference.py: {message}", file=sys.stderr)
     return code
 

@@ -19,10 +19,29 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 # Read by Pillow's own code alone; EPS, PDF and the like, which start programs, are not. TGA is the
 # last, as it has no signature: almost any bytes may be taken for it.
 FORMATS = "PNG JPEG BMP DIB GIF TIFF WEBP AVIF JPEG2000 PPM SGI QOI PCX ICO TGA".split()
-SUFFIXES = tuple(
+HEIC = (".heic", ".heif", ".hif")
+RAWS = tuple(
+    ".dng .cr2 .cr3 .crw .nef .nrw .arw .srf .sr2 .orf .rw2 .raf .pef .srw .3fr .x3f".split()
+)
+UNREAD = {  # suffixes of pictures that we don't read: what they are, and the way out
+    HEIC: "HEIC: pip install pillow-heif, or save it as JPEG",
+    (".jxl",): "JPEG XL: save it as PNG",
+    (".pdf",): "PDF: take its pages out with pdftoppm -png, and cut them",
+    (".svg", ".svgz", ".eps"): "a drawing, not pixels: save it as PNG",
+    (".psd", ".xcf"): "a picture of layers: save it as PNG",
+    RAWS: "a camera's raw file: develop it to JPEG",
+}
+SUFFIXES = sum(UNREAD, ()) + tuple(  # of files that are pictures, read or not
     ".png .apng .jpg .jpeg .jpe .jfif .mpo .bmp .dib .gif .tif .tiff .webp .avif .jp2 .j2k .j2c "
     ".jpc .jpf .jpx .pbm .pgm .ppm .pnm .pfm .sgi .bw .rgb .rgba .qoi .pcx .ico .tga".split()
 )
+with suppress(ImportError):  # an optional package
+    import pillow_heif
+
+    pillow_heif.register_heif_opener(decode_threads=1, thumbnails=False)
+    FORMATS.insert(-1, "HEIF")
+    del UNREAD[HEIC]
+
 WORKING_SIDE = 96  # px: pictures are reduced as far as their longer side stays this long
 NARROW = 4  # px: and their shorter side this long
 BLANK = "blank: no ink found"
@@ -69,13 +88,16 @@ def prepare(path: str, side: int) -> np.ndarray:
         try:
             grey = to_grey(read(path))
         except Exception as error:  # Pillow raises nearly everything for broken files
-            raise ValueError(_reason(error)) from None
+            raise ValueError(_reason(error, path)) from None
         return fit(grey, side, lambda box: _look_closer(path, grey.shape, box))
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, path: str) -> str:
     """Say in one line why a picture could not be read."""
     if isinstance(error, UnidentifiedImageError):
+        for suffixes, way_out in UNREAD.items():
+            if path.lower().endswith(suffixes):
+                return f"not read here: {way_out}"
         return "not a picture in a format that is read here"
     if isinstance(error, MemoryError):
         return "takes too much memory"
@@ -93,6 +115,8 @@ def read(path: str, side: int = WORKING_SIDE) -> Image.Image:
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError("not a regular file")
+    if path.lower().endswith(RAWS):  # many would pass for a TIFF, the camera's thumbnail
+        raise UnidentifiedImageError
     # of a path, Pillow 13 maps raw TIFFs to memory and turns them wrong
     with open(path, "rb") as file, Image.open(file, formats=FORMATS) as picture:
         factor = _factor(picture, side)

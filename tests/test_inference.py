@@ -114,8 +114,8 @@ def test_order_is_that_of_inputs_then_a_folders_pictures_then_its_folders(
     first = ["a/0.png", "a/b/1.png", "noted.txt"]  # an input given twice counts once
     assert (code, [entry["path"] for entry in entries(out)]) == (0, first + tree)
     assert "10 pictures: 10 answered, 1 other files passed over" in err
-    code, out, err = run("--input", ROOT / ".docker")  # none found: said, but nothing went wrong
-    assert (code, out, "0 pictures: 3 other files passed over" in err) == (0, b"", True)
+    code, out, err = run("--input", ROOT / ".docker")  # none found
+    assert (code, out, "0 pictures: 3 other files passed over" in err) == (1, b"", True)
 
 
 def test_links_to_folders_are_passed_over(run, tmp_path):
@@ -327,6 +327,7 @@ WRONG = {  # flags, by comma: what the message names
     "--batch-size,0": "--batch-size",
     "--min-confidence,nan": "--min-confidence",
     "--timeout,-1": "--timeout",
+    "--timeout,inf": "--timeout",
     "--digits,2": "--digits",
     "--digits,nan": "--digits",
     "--output,/dev/null": "not a regular file",
