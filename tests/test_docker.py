@@ -6,6 +6,7 @@ container, too.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -53,3 +54,13 @@ def test_image_names_the_samples(answers):
         chr(int(line[:3])) == file.name[0] for line, file in zip(answers, files, strict=True)
     )
     assert right > 0.9 * len(files)
+
+
+def test_locks_hold_what_inference_needs_and_what_reads_heic():
+    """The packages of requirements.txt, but for those of training; each by hash."""
+    needed = re.findall(r"^[a-z][a-z-]*", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    needed = {*needed, "pillow-heif"} - {"torchvision", "wandb"}
+    for wheels in ("cpu", "cuda"):
+        lock = (ROOT / ".docker" / f"{wheels}.lock").read_text()
+        hashed = re.findall(r"^([a-z-]+)==[^\n]* \\\n    --hash=sha256:", lock, re.MULTILINE)
+        assert needed <= set(hashed)
