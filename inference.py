@@ -328,10 +328,19 @@ def json_line(result: Result) -> str:
 
 
 def report_row(result: Result) -> str:
-    """Write as an element of the list in report.html; it can't end the script that it stands in."""
-    images = [base64.b64encode(image).decode() for image in result.images[:1]] or [""]
-    row = [escaped(result.path), *result[1:6], *images, result.thumbnail, result.path]
+    """Write as an object of the list in report.html; it can't end the script that it stands in."""
+    row = {field: getattr(result, field) for field in FIELDS}
+    row["shown"] = escaped(result.path)
+    row["truth"] = truth(result.path)
+    row["image"] = base64.b64encode(b"".join(result.images[:1])).decode()
+    row["thumbnail"] = result.thumbnail
     return json.dumps(row).replace("<", "\\u003c") + ",\n"
+
+
+def truth(path: str) -> str:
+    """Return the character by which a picture's folder is named, as for train.py --extra, or ""."""
+    folder = os.path.basename(os.path.dirname(os.path.abspath(path)))
+    return folder.upper() if re.fullmatch("[0-9A-Za-z]", folder) else ""
 
 
 FIELDS = Result._fields[:6]

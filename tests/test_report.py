@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ NAMES = (
     "new\nline \x1b[31m \u202egnp.\u2028.png",
     "\udcff.png",
     "O.png",
+    *(f"{truth}/{i}.png" for i in range(3) for truth in "0Oa"),  # one of three is right
 )
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 TEMPLATE = Path(inference.__file__).with_name("report.html")
@@ -41,7 +43,8 @@ def page(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i, name in enumerate(NAMES):
         path = top / "in" / name  # a name with / in it is a path
         path.parent.mkdir(parents=True, exist_ok=True)
-        grey = strokes.drawn("O0I1"[i % 4], seed=i)
+        number = int(path.stem) if path.stem.isdigit() else i
+        grey = strokes.drawn("O0I1"[number % 4], seed=number)
         grey.save(path, "PNG")
     grey.convert("RGB").resize((900, 700)).save(top / "in" / "photo.jpg")
     Image.fromarray(np.asarray(grey, np.float32) / 255).save(top / "in" / "float.tif")
@@ -56,7 +59,7 @@ def page(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return top / "page.html"
 
 
-def entries(page: Path) -> list[list]:
+def entries(page: Path) -> list[dict]:
     text = page.read_text("ascii")
     found = re.search('<script type="application/json"[^>]*>(.*?)</script>', text, re.S)
     *rows, last = json.loads(found[1])
@@ -66,28 +69,31 @@ def entries(page: Path) -> list[list]:
 
 def test_every_picture_is_there_with_what_the_net_saw(page):
     lines = map(json.loads, page.with_name("answers").read_text().splitlines())
-    assert [line["character"] or "" for line in lines] == [row[1] for row in entries(page)]
-    found = {row[0].rpartition("/")[2]: row for row in entries(page)}
+    assert [line["character"] or "" for line in lines] == [r["character"] for r in entries(page)]
+    found = {row["shown"].removeprefix(f"{page.parent}/in/"): row for row in entries(page)}
     assert len(found) == len(NAMES) + 5
     assert r"new\nline \x1b[31m \u202egnp.\u2028.png" in found
     for name, row in found.items():
-        shown, character, confidence, alternatives, alike, error, ink, view, path = row
-        assert shown == inference.escaped(path)
+        assert row["shown"] == inference.escaped(row["path"])
+        assert row["truth"] == (name[0].upper() if name[1:2] == "/" and name[0] != "<" else "")
         if name == "wreck.jpg":
-            assert (character, ink, view) == ("", "", "")
-            assert error
+            assert (row["character"], row["image"], row["thumbnail"]) == ("", "", "")
+            assert row["error"]
             continue
-        kind, _, content = view.partition(";base64,")
+        kind, _, content = row["thumbnail"].partition(";base64,")
         assert kind == "data:image/webp"
         with Image.open(io.BytesIO(base64.b64decode(content))) as thumbnail:
             assert max(thumbnail.size) <= 96
         if name == "blank.png":
-            assert (character, ink, error) == ("", "", inference.BLANK)
+            blank = ("", "", inference.BLANK)
+            assert (row["character"], row["image"], row["error"]) == blank
             continue
-        assert base64.b64decode(ink) in [image.tobytes() for image in prepare(path, CNN.SIZE)]
-        assert character in "0OA"
-        assert confidence + sum(p for _, p in alternatives) == pytest.approx(1, abs=1e-3)
-        assert alike == ("0O" if {character, alternatives[0][0]} == {"0", "O"} else "")
+        image, alternatives = base64.b64decode(row["image"]), row["alternatives"]
+        assert image in [image.tobytes() for image in prepare(row["path"], CNN.SIZE)]
+        assert row["character"] in "0OA"
+        assert row["confidence"] + sum(p for _, p in alternatives) == pytest.approx(1, abs=1e-3)
+        alike = {row["character"], alternatives[0][0]} == {"0", "O"}
+        assert row["lookalike"] == ("0O" if alike else "")
 
 
 def test_the_page_fetches_nothing_and_no_name_leaves_its_string(page):
@@ -100,50 +106,113 @@ def test_the_page_fetches_nothing_and_no_name_leaves_its_string(page):
 
 
 ACTIONS = """<script>
-const images = document.querySelectorAll("main img").length
-const log = [], note = () => log.push([list.children.length, get("count").textContent,
-  [...list.children].indexOf(document.activeElement)])
-const press = key => (document.activeElement.dispatchEvent(
-  new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true })), note())
+const log = { images: document.querySelectorAll("main img").length }, saved = []
+const note = name => log[name] = [list.children.length, get("count").textContent,
+  [...list.children].indexOf(document.activeElement), get("right").textContent]
+const press = keys => {
+  for (const key of keys) document.activeElement.dispatchEvent(
+    new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true }))
+}
 const choose = (id, key, value) => {
   get(id)[key] = value
   get(id).dispatchEvent(new Event("input", { bubbles: true }))
-  note()
 }
-for (const key of ["j", "j", "k", "a"]) press(key)
-choose("answer", "value", "blank"), choose("answer", "value", ""), choose("alike", "checked", true)
-choose("alike", "checked", false), choose("doubt", "value", 0.1), choose("order", "value", 0)
-choose("doubt", "value", 1)
-for (const key of ["Escape", "c", "x", "j", "c", "Escape", "j", "c", "7"]) press(key)
-let table = null
-URL.createObjectURL = blob => (table = blob, "#saved")
-get("save").click()
-const end = text => document.title = JSON.stringify([document.title, images, log, text])
-table ? table.text().then(end) : end("")
+
+press(["j"]), note("j"), press(["j"]), note("jj"), press(["k"]), note("jjk")
+press(["a"]), note("a")
+choose("answer", "value", "blank"), note("blank"), choose("answer", "value", ""), note("any")
+choose("alike", "checked", true), note("alike"), choose("alike", "checked", false)
+choose("doubt", "value", 0.6), note("doubt"), choose("doubt", "value", 1)
+choose("wrong", "checked", true), note("wrong"), choose("wrong", "checked", false)
+log.mixed = [...get("mixed").children].map(button => button.textContent)
+get("mixed").children[0].click(), note("pair"), get("mixed").children[0].click(), note("no pair")
+choose("order", "value", "shown"), note("order"), choose("order", "value", "confidence")
+press(["Escape", "Enter", "Enter"]), log.disabled = get("save").disabled  // two without an answer
+press(["Enter"]), note("Enter")  // the third is confirmed
+press(["c", "Shift", "x", "j", "c", "Escape", "j", "c"])
+list.children[6].querySelector("b").click(), press(["7"])
+log.cards = [...list.querySelectorAll("article")].map(card => card.textContent)
+log.unsaved = !dispatchEvent(new Event("beforeunload", { cancelable: true }))
+URL.createObjectURL = blob => (saved.push(blob.text()), "#saved")
+get("save").click(), get("save_all").click(), log.buttons = [
+  get("save").textContent, get("save_all").textContent]
+Promise.all(saved).then(tables => {
+  document.title = JSON.stringify({ ...log, tables, title: document.title })
+})
 </script>"""
 
 
-@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium: apt-get install chromium")
-def test_a_browser_shows_all_of_it_and_runs_none_of_the_names(page, tmp_path):
-    shown = tmp_path / "page.html"
-    shown.write_text(page.read_text() + ACTIONS)
+@pytest.fixture(scope="module")
+def seen(page: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """What a browser shows of the page while somebody uses it."""
+    if not CHROMIUM:
+        pytest.skip("needs Chromium: apt-get install chromium")
+    folder = tmp_path_factory.mktemp("browser")
+    (folder / "page.html").write_text(page.read_text() + ACTIONS)
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
     flags += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    flags += [f"--user-data-dir={tmp_path}", "--virtual-time-budget=2000", "--dump-dom"]
-    end = subprocess.run([CHROMIUM, *flags, shown.as_uri()], capture_output=True, timeout=60)
-    dom = end.stdout.decode()
-    title, images, log, table = json.loads(
-        html.unescape(re.search("<title>(.*?)</title>", dom, re.S)[1])
-    )
-    assert title == "Characters, most doubtful first"
+    flags += [f"--user-data-dir={folder}", "--virtual-time-budget=2000", "--dump-dom"]
+    command = [CHROMIUM, *flags, (folder / "page.html").as_uri()]
+    dom = subprocess.run(command, capture_output=True, timeout=60).stdout.decode()
+    return json.loads(html.unescape(re.search("<title>(.*?)</title>", dom, re.S)[1]))
+
+
+def test_a_browser_shows_all_of_it_and_runs_none_of_the_names(page, seen):
     rows = entries(page)
-    count, alike = len(rows), sum(bool(row[4]) for row in rows)
-    assert images == count - 1
-    numbers = [count] * 4 + [1, count, alike, count, 2, 2]
-    assert [text for _, text, _ in log[:10]] == [f"{n} of {count} pictures" for n in numbers]
-    assert [focus for *_, focus in log[:4]] == [0, 1, 0, -1]
-    header, *lines = csv.reader(io.StringIO(table, newline=""))
-    assert header == ["path", "character"]
-    assert [character for _, character in lines] == ["X", "7"]  # the third was left as it is
-    known = {row[8].encode("utf-8", "replace").replace(b"?", b"") for row in rows}
-    assert {path.replace("\ufffd", "").encode() for path, _ in lines} <= known
+    count, alike = len(rows), sum(bool(row["lookalike"]) for row in rows)
+    doubtful = sum(row["confidence"] <= 0.6 for row in rows)
+    assert 2 < doubtful < count
+    assert seen["title"] == "Characters, most doubtful first"
+    assert seen["images"] == count - 1
+    numbers = {"j": count, "blank": 1, "any": count, "alike": alike, "doubt": doubtful}
+    for name, number in (numbers | {"order": count}).items():
+        assert seen[name][:2] == [number, f"{number} of {count} pictures"], name
+    assert [seen[name][2] for name in ("j", "jj", "jjk", "a", "Enter")] == [0, 1, 0, -1, 3]
+
+
+def test_the_page_knows_what_is_right_by_the_folders_names(page, seen):
+    labelled = [row for row in entries(page) if row["truth"] and row["character"]]
+    assert len(labelled) == 9
+    above = [row for row in labelled if row["confidence"] > 0.6]
+    right = sum(row["character"] == row["truth"] for row in above)
+    assert 0 < len(above) < 9
+    told = "Right: 33.3\u00a0% of all 9"
+    assert seen["any"][3] == told
+    share = f"{100 * right / len(above):.1f}\u00a0%"
+    assert seen["doubt"][3] == f"{told}, {share} of the {len(above)} above 60.0\u00a0%"
+    assert seen["wrong"][0] == 6
+    wrong = [row for row in labelled if row["character"] != row["truth"]]
+    counts = Counter(f"{row['truth']} > {row['character']}" for row in wrong)
+    assert Counter(seen["mixed"]) == Counter(f"{pair}: {n}" for pair, n in counts.items())
+    assert seen["mixed"][0].endswith(f": {max(counts.values())}")
+    assert seen["pair"][0] == max(counts.values())
+    assert seen["no pair"][0] == len(entries(page))
+
+
+def test_answers_are_confirmed_corrected_and_saved(page, seen):
+    rows = sorted(entries(page), key=lambda row: row["confidence"])
+    assert (seen["disabled"], seen["unsaved"]) == (True, True)
+    assert "confirmed" in seen["cards"][2]
+    assert "corrected" in seen["cards"][3]
+    assert not any(card.startswith("?") for card in seen["cards"])
+    corrections, answers = (list(csv.reader(io.StringIO(t, newline=""))) for t in seen["tables"])
+    assert corrections[0] == answers[0] == ["path", "character"]
+    told = {
+        2: rows[2]["character"],
+        3: "X",
+        6: "7",
+    }  # those between were asked for and left as they are
+    assert corrections[1:] == [[browsers(rows[i]["path"]), told[i]] for i in told]
+    shown = {rows[i]["path"]: character for i, character in told.items()}
+    expected = [
+        [browsers(row["path"]), shown.get(row["path"], row["character"])]
+        for row in entries(page)
+        if row["character"]
+    ]
+    assert answers[1:] == expected
+    assert seen["buttons"] == ["Save 3 checked", f"Save all {len(expected)} as shown"]
+
+
+def browsers(path: str) -> str:
+    """Return a path as a browser writes it: it has no bytes that are not UTF-8."""
+    return path.encode("utf-8", "replace").replace(b"?", "\ufffd".encode()).decode()
