@@ -8,133 +8,198 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 import inference
 import train
+from images_for_readme import drawings, study, tables
 
-ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "images_for_readme"
-sys.path.insert(0, str(IMAGES))
-
-import study  # noqa: E402
-
-TEXTS = {page: page.read_text() for page in study.PAGES}
-README = TEXTS[ROOT / "README.md"]
-MARK = re.compile("<!--= .*?<!--/-->", re.DOTALL)
+RECORDS = study.read_records()
+RUNS = [record for record in RECORDS.values() if record["kind"] == "run"]
+TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text() for page in study.PAGES}
+README = TEXTS["README.md"]
+STUDY = TEXTS["images_for_readme/README.md"]
 COMMANDS = [
     line.split("  #")[0].strip()
     for text in TEXTS.values()
     for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     for line in block.splitlines()
 ]
+ANCHORS = {
+    name: [
+        re.sub(r"[^\w -]", "", head).lower().replace(" ", "-")
+        for head in re.findall(r"^#+ (.*)", text, re.MULTILINE)
+    ]
+    for name, text in TEXTS.items()
+}
 
 
-def test_figures_are_those_of_the_records():
-    assert study.drifted() == [], "python3 images_for_readme/study.py tables"
+def sentences(text: str) -> str:
+    """Return a page without its code, and without what the study writes into it."""
+    return re.sub(r"```.*?```", "", tables.BLOCK.sub("", text), flags=re.DOTALL)
 
 
-def test_no_figure_is_typed_by_hand():
-    for text in TEXTS.values():
-        assert not re.findall(r"\d\.\d+ ?%", MARK.sub("", text))
-        # a line that begins with a mark is raw HTML to GitHub: nothing but the mark may be on it
-        assert not re.findall(r"^<!--= [^\n]*<!--/-->[^\n]+", text, re.MULTILINE)
+# Figures
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_tables_are_those_of_the_records(page):
+    assert tables.fill(TEXTS[page], RECORDS) == TEXTS[page], "-m images_for_readme.study tables"
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_marks_stand_on_lines_of_their_own(page):
+    for line in TEXTS[page].splitlines():
+        if "<!--" in line:
+            assert re.fullmatch(r"<!-- (table: \w+|output: \w+|end) -->", line)
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_exact_percentages_stand_in_tables_only(page):
+    assert re.findall(r"\d\.\d+ ?%", sentences(TEXTS[page])) == []
+
+
+# Commands
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_parse(command):
     words = shlex.split(command)
     assert words[0] in {"python3", "docker", "torchrun"}, "say how to check this one"
-    for script, parse in {"inference.py": inference.parse, "train.py": train.parse}.items():
-        if script in words:
-            parse(words[words.index(script) + 1 :])
-    for word in words:
+    parsers = {
+        "inference.py": inference.parse,
+        "train.py": train.parse,
+        "images_for_readme.study": study.parse,
+    }
+    for number, word in enumerate(words):
+        if word in parsers:
+            parsers[word](words[number + 1 :])
+        if words[number - 1] == "-m" and word.startswith(("tests.", "images_for_readme.")):
+            word = word.replace(".", "/") + ".py"
         if word.endswith((".py", "requirements.txt")) or word.startswith("tests"):
             assert (ROOT / word).exists(), word
 
 
-def test_the_two_first_commands_set_themselves_up_and_ci_runs_the_second():
+def test_the_first_two_commands_set_themselves_up():
     for command in COMMANDS[:2]:
         assert command.startswith("python3 -m venv .venv && .venv/bin/pip install")
+
+
+def test_ci_runs_the_second_command():
     assert COMMANDS[1] in (ROOT / ".ci" / "run").read_text().splitlines()
 
 
 def test_shown_output_is_what_inference_prints():
     command = [sys.executable, "inference.py", "--input", "tests/samples", "--format", "csv"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    *lines, told = study.records()["samples"]["csv"]
-    assert told.partition(" (")[0] in run.stderr
-    kept = list(csv.DictReader(lines))
-    for row, new in zip(kept, csv.DictReader(run.stdout.splitlines()), strict=True):
+    *lines, closing = RECORDS["samples"]["csv"]
+    assert closing.partition(" (")[0] in run.stderr
+    recorded = list(csv.DictReader(lines))
+    for old, new in zip(recorded, csv.DictReader(run.stdout.splitlines()), strict=True):
         for key in ("path", "character", "lookalike", "error"):
-            assert row[key] == new[key], "python3 images_for_readme/study.py measure samples"
-        assert float(row["confidence"]) == pytest.approx(float(new["confidence"]), abs=0.02)
-    codes = [f"{ord(row['character']):03d}, {row['path']}" for row in kept]
-    assert study.records()["samples"]["ascii"][:-1] == codes
+            assert old[key] == new[key], "-m images_for_readme.study measure samples"
+        assert float(old["confidence"]) == pytest.approx(float(new["confidence"]), abs=0.02)
+
+
+def test_both_formats_that_are_shown_have_the_same_answers():
+    rows = csv.DictReader(RECORDS["samples"]["csv"][:-1])
+    codes = [f"{ord(row['character']):03d}, {row['path']}" for row in rows]
+    assert RECORDS["samples"]["ascii"][:-1] == codes
 
 
 def test_the_lines_of_python_print_what_they_say(monkeypatch):
     monkeypatch.chdir(ROOT)
-    code, printed = re.search(r"```python\n(.*?)```\s+prints `(.*?)`", README, re.DOTALL).groups()
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        exec(code, {})
-    assert out.getvalue() == printed + "\n"
+    snippets = re.findall(r"```python\n([^`]*)```\s+prints `(.*?)`", README)
+    assert snippets
+    for code, printed in snippets:
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            exec(code, {})
+        assert out.getvalue() == printed + "\n"
 
 
-def test_links_lead_somewhere():
-    for page, text in TEXTS.items():
-        for link in re.findall(r"\]\((?!https?:)(.*?)\)", text):
-            path, _, anchor = link.partition("#")
-            target = (page.parent / path).resolve() if path else page
-            assert target.is_file(), link
-            heads = re.findall(r"^#+ (.*)", target.read_text(), re.MULTILINE) if anchor else []
-            anchors = [re.sub(r"[^\w -]", "", head).lower().replace(" ", "-") for head in heads]
-            assert not anchor or anchor in anchors, link
+# Pages and pictures
 
 
-def test_pages_and_pictures_are_small_and_used():
-    pictures = list(IMAGES.glob("*.png"))
-    shown = "".join(TEXTS.values())
-    assert all(f"{picture.name})" in shown for picture in pictures)
+@pytest.mark.parametrize("page", TEXTS)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!https?:)(.*?)\)", TEXTS[page]):
+        path, _, anchor = link.partition("#")
+        target = ((ROOT / page).parent / path).resolve() if path else ROOT / page
+        assert target.is_file(), link
+        if anchor:
+            assert anchor in ANCHORS[target.relative_to(ROOT).as_posix()], link
+
+
+def test_pages_and_their_pictures_are_small():
+    assert len(README.splitlines()) <= 290
+    pictures = IMAGES.glob("*.png")
     assert sum(picture.stat().st_size for picture in pictures) <= 400_000
     assert sum(file.stat().st_size for file in IMAGES.iterdir() if file.is_file()) <= 1_000_000
-    assert len(README.splitlines()) <= 250
 
 
-@pytest.mark.parametrize("name", study.PICTURES)
+def test_every_picture_is_shown():
+    for picture in IMAGES.glob("*.png"):
+        assert f"{picture.name})" in README + STUDY, picture
+
+
+@pytest.mark.parametrize("name", drawings.DRAWINGS)
 def test_picture_is_drawn_again_as_it_is_kept(name, tmp_path):
-    study.draw(name, tmp_path)
+    drawings.draw(name, RECORDS, tmp_path)
     with Image.open(tmp_path / f"{name}.png") as new, Image.open(IMAGES / f"{name}.png") as kept:
         assert new.size == kept.size
         difference = np.subtract(new.convert("L"), kept.convert("L"), dtype=np.float32)
-    assert np.abs(difference).mean() < 2, f"python3 images_for_readme/study.py draw {name}"
+    assert np.abs(difference).mean() < 2, f"-m images_for_readme.study draw {name}"
+
+
+# Records
 
 
 def test_a_run_is_recorded_and_repeated_by_its_name(tiny_emnist, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "RECORDS", tmp_path / "runs.jsonl")
-    monkeypatch.setattr(train, "load_splits", train.load_splits)  # to have it back
     study.RECORDS.write_text("")
-    files, found = ["--data", str(tiny_emnist), "--weights", str(tmp_path)], []
+    files = ["--data", str(tiny_emnist), "--weights", str(tmp_path)]
     flags = ["--arch", "run1", "--epochs", "2", "--batch-size", "32", "--what", "a try"]
-    for more in (flags, []):
-        study.records.cache_clear()
-        monkeypatch.setattr(sys, "argv", ["study.py", "train", "mine", *more, *files])
-        study.main()
-        found.append(study.records()["mine"])
-    study.records.cache_clear()
-    first, again = found
-    assert (first["what"], first["settings"]["arch"]) == ("a try", "run1")
-    assert len(first["curve"]["nll"]) == 2
-    for key in ("settings", "curve", "test"):
-        assert again[key] == first[key]
+    study.main(["train", "mine", *flags, *files])
+    record = study.read_records()["mine"]
+    study.main(["train", "mine", *files])
+    repeated = study.read_records()["mine"]
+    assert record["what"] == "a try"
+    assert record["settings"]["arch"] == "run1"
+    assert len(record["curve"]["nll"]) == 2
+    for key in ("what", "settings", "curve", "test"):
+        assert repeated[key] == record[key]
 
 
-@pytest.mark.parametrize("name", ["shipped", "field", "sizes", "samples"])
+@pytest.mark.parametrize(
+    "record", [run for run in RUNS if "history" not in run], ids=lambda run: run["name"]
+)
+def test_a_run_can_be_repeated_or_is_said_to_be_history(record):
+    config = study.find_config(record)
+    settings = {name: str(getattr(config, name)) for name in record["settings"] if name != "one_in"}
+    assert settings == {name: str(record["settings"][name]) for name in settings}
+
+
+def test_only_what_cannot_be_repeated_is_said_to_be_history():
+    for record in RUNS:
+        if "history" in record:
+            with pytest.raises(SystemExit):
+                study.find_config(record)
+
+
+def test_measured_weights_come_from_a_recorded_run_or_are_said_to_be_history():
+    for record in RECORDS.values():
+        if record["kind"] == "measured" and "history" not in record:
+            weights = re.match(r"[\w.-]*\w", record["settings"]["weights"])[0]
+            assert weights == "model.pt" or weights.removesuffix(".pt") in RECORDS, record["name"]
+
+
+@pytest.mark.parametrize("name", ["shipped", "field", "scenes", "sizes", "samples"])
 def test_what_was_measured_are_the_shipped_weights(name):
     weights = hashlib.sha256((ROOT / "model.pt").read_bytes()).hexdigest()
-    settings = study.records()[name]["settings"]
-    assert settings["sha256"] == weights, f"python3 images_for_readme/study.py measure {name}"
+    settings = RECORDS[name]["settings"]
+    assert settings["sha256"] == weights, f"-m images_for_readme.study measure {name}"

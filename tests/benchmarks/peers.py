@@ -2,12 +2,12 @@
 
     pip install -r requirements.txt -r tests/benchmarks/peers_requirements.txt
     apt-get install tesseract-ocr
-    python3 tests/benchmarks/peers.py ../shared/field        # --keep: as the record peers
+    python3 -m tests.benchmarks.peers ../shared/field        # --keep: as the record peers
 
 Each is called as its documentation says for a single character. All but ours get the pictures as
 Tesseract's asks for: ink dark, the character enlarged, a white border, by which all three gain, 8,
-9 and 21 points. Lower case counts as upper. Accuracy, alike and alphabet are those of the study;
-RapidOCR can't be told an alphabet. Speeds count from file to answer, the start left out.
+9 and 21 points. Lower case counts as upper. The scores are those of the study, each set a run of
+its own; RapidOCR can't be told an alphabet. Speeds count from file to answer, less the start.
 """
 
 import argparse
@@ -20,20 +20,18 @@ import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import version
-from itertools import count
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "images_for_readme")]
+import CNN
+from images_for_readme import measure, study
 
-import study  # noqa: E402
-
-DIGITS, LETTERS = study.ALPHABET[:10], study.ALPHABET[10:]
 PICTURES = 80  # of a set, evenly, at most
 SIDE = 48  # px, longer side; of 32, 40, 48 and 64 the best for RapidOCR and ddddocr
+BORDER = 4  # px of white around it
+TESSERACT_BORDER = 10  # px, as its documentation asks for
 
 
 def prepare(path: Path, border: int, target: Path) -> str:
@@ -48,7 +46,7 @@ def prepare(path: Path, border: int, target: Path) -> str:
 
 
 def ours(files: list[str], alphabet: str) -> list[str]:
-    command = [sys.executable, ROOT / "inference.py", "--workers", "1", "--format", "json"]
+    command = [sys.executable, measure.ROOT / "inference.py", "--workers", "1", "--format", "json"]
     command += ["--alphabet", alphabet, "--input", *files]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     return [json.loads(line)["character"] for line in run.stdout.splitlines()]
@@ -79,29 +77,40 @@ def tesseract(files: list[str], alphabet: str) -> list[str]:
     return run.stdout.split("\f")[: len(files)]  # one after each picture but the last
 
 
-def measure(peer: Callable, sets: list[list[Path]]) -> dict:
-    """Return the study's scores of each set, and the rate over all."""
-    rows, rates = {}, []  # rows of a path: free, then its alphabet told
-    for kind in (DIGITS + LETTERS, DIGITS, LETTERS):
-        paths = [p for held in sets if {p.parent.name for p in held} <= set(kind) for p in held]
-        times = []
-        for part in (paths[:1], paths[:1], paths):  # once to warm up, once to time the start
-            start = time.perf_counter()
-            with tempfile.TemporaryDirectory() as folder:
-                files = [str(path) for path in part]
-                if peer is not ours:
-                    border, targets = 10 if peer is tesseract else 4, map("{}.png".format, count())
-                    files = [prepare(p, border, Path(folder, n)) for p, n in zip(part, targets)]  # noqa: B905
-                texts = peer(files, kind)
-            times.append(time.perf_counter() - start)
-        rates.append((len(paths) - 1) / (times[2] - times[1]))
-        for path, text in zip(paths, texts, strict=True):
-            read = (re.findall(f"[{kind}]", text.upper()) or [""])[0]
-            row = {"character": read, "alternatives": {}, "truth": path.parent.name}
-            rows.setdefault(path, []).append(row)
-    free = np.array([study.score([rows[path][0] for path in held]) for held in sets])
-    free[:, 2] = [study.score([rows[path][-1] for path in held])[2] for held in sets]
-    return {"rate": rates[0], **dict(zip(study.SCORES, free.T.tolist(), strict=True))}
+def time_answers(peer: Callable, paths: list[Path], alphabet: str) -> tuple[list[str], float]:
+    """Return what a program answers for pictures, and its seconds from file to answer."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        files = [str(path) for path in paths]
+        if peer is not ours:
+            border = TESSERACT_BORDER if peer is tesseract else BORDER
+            targets = [Path(folder, f"{number}.png") for number in range(len(paths))]
+            pairs = zip(paths, targets, strict=True)
+            files = [prepare(path, border, target) for path, target in pairs]
+        texts = peer(files, alphabet)
+    seconds = time.perf_counter() - start
+    allowed = [re.findall(f"[{alphabet}]", text.upper()) for text in texts]
+    return [characters[0] if characters else "" for characters in allowed], seconds
+
+
+def measure_peer(peer: Callable, sets: list[list[Path]]) -> tuple[list[dict], float]:
+    """Return a program's scores of each set, and its pictures a second over all."""
+    set_scores = []
+    seconds = 0.0
+    for paths in sets:
+        alphabet = measure.find_alphabet(paths[0].parents[1])
+        rows = {}
+        for allowed in ("0-9A-Z", alphabet):
+            characters = "".join(c for c in CNN.ALPHABET if re.match(f"[{allowed}]", c))
+            time_answers(peer, paths[:1], characters)  # to warm up
+            start = time_answers(peer, paths[:1], characters)[1]
+            answers, whole = time_answers(peer, paths, characters)
+            pairs = zip(answers, paths, strict=True)
+            rows[allowed] = [{"character": c, "truth": path.parent.name} for c, path in pairs]
+            seconds += (whole - start) / 2  # of two runs
+        set_scores.append(measure.score(rows["0-9A-Z"], rows[alphabet]))
+    pictures = sum(len(paths) - 1 for paths in sets)
+    return set_scores, pictures / seconds
 
 
 def main() -> None:
@@ -110,19 +119,36 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="as the record peers")
     args = parser.parse_args()
     os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
-    files = [sorted(folder.glob("*/*.png")) for folder in sorted(args.field.iterdir())]
-    sets = [paths[:: -(-len(paths) // PICTURES)] for paths in files if paths]
-    names = [paths[0].parents[1].name for paths in sets]
-    shown = subprocess.check_output(["tesseract", "--version"], text=True).split()[1]
-    peers = {"ours": ours, f"RapidOCR {version('rapidocr')}": rapidocr}
-    peers |= {f"ddddocr {version('ddddocr')}": ddddocr, f"Tesseract {shown}": tesseract}
-    rows = {name: measure(peer, sets) for name, peer in peers.items()}
-    for name, row in rows.items():
-        print(name, {key: round(np.mean(values), 1) for key, values in row.items()})
+    sets = []
+    for folder in sorted(args.field.iterdir()):
+        paths = sorted(folder.glob("*/*.png"))
+        if paths:
+            every = -(-len(paths) // PICTURES)
+            sets.append(paths[::every])
+    release = subprocess.check_output(["tesseract", "--version"], text=True).split()[1]
+    peers = {
+        "ours": ours,
+        f"RapidOCR {version('rapidocr')}": rapidocr,
+        f"ddddocr {version('ddddocr')}": ddddocr,
+        f"Tesseract {release}": tesseract,
+    }
+    rows = []
+    for name, peer in peers.items():
+        set_scores, rate = measure_peer(peer, sets)
+        if peer is ours:
+            our_scores = set_scores
+        more = []
+        for paths, theirs, ours_ in zip(sets, set_scores, our_scores, strict=True):
+            if theirs["accuracy"] > ours_["accuracy"]:
+                name_of_set = paths[0].parents[1].name
+                more.append(f"{name_of_set} {theirs['accuracy']:.1f} to {ours_['accuracy']:.1f}")
+        mean = {key: np.mean([entry[key] for entry in set_scores]) for key in measure.SCORES}
+        row = {"": name, **{f"{key}, %": value for key, value in mean.items()}}
+        rows.append(row | {"pictures/s": rate, "reads more than ours": ", ".join(more)})
+        print(rows[-1], flush=True)
     if args.keep:
-        figures = {key: [row[key] for row in rows.values()] for key in rows["ours"]}
         data = f"{sum(map(len, sets))} pictures of {len(sets)} field sets"
-        study.keep("peers", data, {"set": names, "peer": list(rows), **figures})
+        study.keep("peers", data, {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,76 +1,100 @@
 """Time train.py's loop against the bare step, and the way to an accuracy.
 
-    python3 tests/benchmarks/train_speed.py --data data                  # CPU or GPU
-    python3 tests/benchmarks/train_speed.py --data data --target 93.5    # and the time to 93.5 %
+    python3 -m tests.benchmarks.train_speed --data data                  # CPU or GPU
+    python3 -m tests.benchmarks.train_speed --data data --target 93.5    # and the time to 93.5 %
 
 Bare step: forward and backward on one resident batch, compiled as the training is, and nothing
 else. Ours: `train.learn`, with batches drawn and augmented, optimizer and average stepped. Both in
-one process, in turn, `--rounds` times; a ratio is the median of the rounds'.
+one process, in turn, `--rounds` times; what is printed are medians.
 """
 
 import argparse
 import resource
 import statistics
-import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "images_for_readme")]
-
-import study  # noqa: E402
-
-import train  # noqa: E402
-from train import Config, Machine, Split  # noqa: E402
+import train
+from images_for_readme import study
+from train import Config, Machine, Split
 
 
-def bare_rate(net: train.Net, loss: object, batch: tuple, steps: int) -> float:
-    """Return the pictures a second of forward and backward alone."""
+def make_bare_step(
+    config: Config, machine: Machine
+) -> Callable[[torch.Tensor, torch.Tensor], None]:
+    """Return forward and backward alone, in the arithmetic of the training."""
+    net = train.start(config, machine, config.batch_size).net
+    is_cuda = machine.device.type == "cuda"
+    is_mixed = machine.precision != torch.float32
+
+    def mean_loss(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(machine.device.type, machine.precision, enabled=is_mixed):
+            return F.cross_entropy(net(images), labels)
+
+    loss = torch.compile(mean_loss, mode="reduce-overhead") if is_cuda else mean_loss
+
+    def step(images: torch.Tensor, labels: torch.Tensor) -> None:
+        net.zero_grad(set_to_none=True)
+        loss(images, labels).backward()
+
+    return step
+
+
+def time_bare_step(step: Callable, batch: tuple[torch.Tensor, ...], steps: int) -> float:
+    """Return the pictures a second of the bare step."""
     start = time.perf_counter()
     for _ in range(steps):
-        net.zero_grad(set_to_none=True)
-        mean = loss(*batch)
-        mean.backward()
-    mean.item()  # waits for the device
+        step(*batch)
+    if batch[0].is_cuda:
+        torch.cuda.synchronize()
     return steps * len(batch[1]) / (time.perf_counter() - start)
 
 
 def compare(config: Config, machine: Machine, training: Split, steps: int, rounds: int) -> dict:
-    """Return pictures/s of bare step and loop, their ratio, and what an epoch of the loop costs."""
-    count, cuda = steps * config.batch_size, machine.device.type == "cuda"
+    """Return pictures a second of bare step and loop, and what an epoch costs, as a table's row."""
+    is_cuda = machine.device.type == "cuda"
+    count = steps * config.batch_size
     few = Split(training.images[:count], training.labels[:count])
+    validation = Split(training.images[: config.batch_size], training.labels[: config.batch_size])
     config = replace(config, epochs=rounds + 1)  # the first is for compiling
-    if cuda:
+    if is_cuda:
         torch.cuda.reset_peak_memory_stats()
-    net = train.start(config, machine, count).net
-    loss = train.make_loss(net, config, machine)
-    images = train.augment(few.images[: config.batch_size], "none")
-    batch = images.to(memory_format=torch.channels_last), few.labels[: config.batch_size]
-    bare, ours, start = [], [], time.perf_counter()
-    bare_rate(net, loss, batch, 3)
-    build = time.perf_counter() - start
+    images = validation.images.unsqueeze(1).float() / 255
+    batch = (images.to(memory_format=torch.channels_last), validation.labels)
+    step = make_bare_step(config, machine)
+    time_bare_step(step, batch, 3)  # to warm up
+    state = train.start(config, machine, count)
+    bare_rates = []
+    finish_epoch = train.finish_epoch
 
-    def ended(state: train.State, validation: Split, speed: float, *rest: object) -> None:
-        ours.append(speed)
-        bare.append(bare_rate(net, loss, batch, steps))
+    def finish_and_time(*arguments: object) -> None:
+        finish_epoch(*arguments)
+        bare_rates.append(time_bare_step(step, batch, steps))
 
-    with patch.multiple(train, finish_epoch=ended, save_checkpoint=lambda *_: None):
+    with patch.multiple(train, finish_epoch=finish_and_time, save_checkpoint=lambda *_: None):
         log = train.Log(config, enabled=False, run_id=None)
-        train.learn(train.start(config, machine, count), few, few, config, machine, log)
-    rate = statistics.median(ours[1:])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-    ratio = statistics.median(o / b for o, b in zip(ours[1:], bare[1:], strict=True))
-    found = {"build": build, "limit": statistics.median(bare[1:]), "ours": rate, "ratio": ratio}
-    peak = torch.cuda.max_memory_allocated() / 1e6 if cuda else peak
-    return found | {"epoch": len(training.labels) / rate, "peak": peak}
+        train.learn(state, few, validation, config, machine, log)
+    our_rates = [epoch["images/s"] for epoch in state.history[1:]]
+    pairs = zip(our_rates, bare_rates[1:], strict=True)
+    rate = statistics.median(our_rates)
+    peak = torch.cuda.max_memory_allocated() / 1e6 if is_cuda else 0
+    return {
+        "pictures/s": rate,
+        "bare step": statistics.median(bare_rates[1:]),
+        "ratio": statistics.median(ours / bare for ours, bare in pairs),
+        "s/epoch": len(training.labels) / rate,
+        "peak MB": peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
+    }
 
 
-def time_to(target: float, config: Config, pictures: int) -> None:
+def time_to_target(target: float, config: Config, pictures: int) -> None:
     """Train with a short schedule; print when validation first reached the target."""
     seconds = 0.0
     for entry in train.train(config)["history"]:
@@ -86,32 +110,39 @@ def main() -> None:
     add("--data", type=Path, default=Path("data"))
     add("--device", default="auto")
     add("--arch", nargs="+", default=[Config.arch])
-    add("--batch-size", type=int, nargs="+", default=[Config.batch_size])
+    add("--batch-size", type=int, default=Config.batch_size)
     add("--steps", type=int, default=40, help="per round")
     add("--rounds", type=int, default=5)
     add("--target", type=float, help="accuracy on validation to time, per cent")
     add("--epochs", type=int, default=6, help="of the training to the target")
     add("--keep", action="store_true", help="as the record bench-cpu (or bench-cuda)")
-    args, kept = parser.parse_args(), {}
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        files = {"data": args.data, "out": Path(folder) / "model.pt"}
-        first = {"arch": args.arch[0], "batch_size": args.batch_size[0], "epochs": args.epochs}
-        config = Config(device=args.device, wandb=False, **first, **files)
+        config = Config(
+            arch=args.arch[0],
+            batch_size=args.batch_size,
+            epochs=args.epochs,
+            data=args.data,
+            out=Path(folder) / "model.pt",
+            device=args.device,
+            wandb=False,
+        )
         machine = train.set_up(config)
         training, *_ = train.load_splits(config, machine)
-        print(study.machine(machine.device))
+        print(study.name_machine(machine.device))
+        cores = f"{torch.get_num_threads()} CPU threads"
+        where = "GPU" if machine.device.type == "cuda" else cores
+        rows = []
         for arch in args.arch:
-            for size in args.batch_size:
-                run, name = replace(config, arch=arch, batch_size=size), f"{arch}-{size}"
-                name = arch if len(args.batch_size) == 1 else name
-                kept[name] = compare(run, machine, training, args.steps, args.rounds)
-                figures = ", ".join(f"{key} {value:,.3f}" for key, value in kept[name].items())
-                print(f"{name}: {figures}", flush=True)
+            run = replace(config, arch=arch)
+            row = compare(run, machine, training, args.steps, args.rounds)
+            rows.append({"": f"{where}, {arch} net", **row})
+            print(rows[-1], flush=True)
         if args.target:
-            time_to(args.target, config, len(training.labels))
+            time_to_target(args.target, config, len(training.labels))
     if args.keep:
         kind = machine.device.type
-        study.keep(f"bench-{kind}", "EMNIST sample", kept, kind)
+        study.keep(f"bench-{kind}", "EMNIST sample", {"rows": rows}, kind)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,205 @@
+"""What the study measures of a weights file, mostly by running inference.py on labelled pictures.
+
+A labelled set is a folder SET/CHARACTER/PICTURE; ../shared/field holds eight of them. The scores of
+a set are these also in the tests and the benchmarks.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import CNN
+import train
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Scores
+
+MERGED = str.maketrans("OIL", "011")  # what nobody can tell apart alone
+SCORES = ("accuracy", "alike", "alphabet")
+CLASSIFY = "import inference, json, sys\nfor argv in json.load(sys.stdin): inference.main(argv)"
+
+
+def classify(folders: Iterable[Path], *flags: str) -> list[list[dict]]:
+    """Run inference.py on each folder, all in one process; return the rows of each.
+
+    Raises FileNotFoundError where a run has written nothing; inference.py says on stderr why.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        runs = []
+        files = []
+        for number, folder in enumerate(folders):
+            files.append(Path(scratch, f"{number}.json"))
+            output = ["--format", "json", "--topk", "36", "--output", str(files[-1])]
+            runs.append(["--input", str(folder), *output, *flags])
+        command = [sys.executable, "-c", CLASSIFY]
+        subprocess.run(command, cwd=ROOT, check=True, text=True, input=json.dumps(runs))
+        return [read_rows(file.read_text()) for file in files]
+
+
+def read_rows(text: str) -> list[dict]:
+    """Return the rows of `--format json`, each with its truth: the name of the picture's folder."""
+    rows = [json.loads(line) for line in text.splitlines()]
+    return [row | {"truth": Path(row["path"]).parent.name} for row in rows]
+
+
+def find_alphabet(folder: Path) -> str:
+    """Return the --alphabet of a labelled set, by the names of its folders."""
+    labels = "".join(path.name for path in folder.iterdir())
+    if labels.isdigit():
+        return "0-9"
+    return "A-Z" if labels.isalpha() else "0-9A-Z"
+
+
+def accuracy(rows: list[dict], merged: dict[int, str] | None = None) -> float:
+    """Return how many answers are right, per cent; a picture without an answer is wrong."""
+    right = 0
+    for row in rows:
+        answer = row["character"] or ""
+        right += answer.translate(merged or {}) == row["truth"].translate(merged or {})
+    return 100 * right / len(rows)
+
+
+def score(rows: list[dict], told: list[dict]) -> dict[str, float]:
+    """Return the SCORES of a labelled set, per cent.
+
+    accuracy: of all answers. alike: the same with 0/O and 1/I/L counted as one character each.
+    alphabet: of `told`, the rows of a run with the set's --alphabet.
+    """
+    values = (accuracy(rows), accuracy(rows, MERGED), accuracy(told))
+    return dict(zip(SCORES, values, strict=True))
+
+
+def calibration_error(rows: list[dict]) -> float:
+    """Return the expected calibration error of the answers, a fraction."""
+    confidence = torch.tensor([row["confidence"] or 0.0 for row in rows])
+    right = torch.tensor([float(row["character"] == row["truth"]) for row in rows])
+    return CNN.calibration_error(confidence, right)
+
+
+def doubt(rows: list[dict]) -> list[dict]:
+    """Return what each --min-confidence leaves, and how much of that is right, per cent."""
+    entries = []
+    for threshold in (0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99):
+        answered = [row for row in rows if row["character"] and row["confidence"] >= threshold]
+        entry = {"threshold": f"{threshold:g}", "answered": 100 * len(answered) / len(rows)}
+        entries.append(entry | {"right": accuracy(answered)})
+    return entries
+
+
+# Parts: each returns what it was measured on, and what was found, for a record
+
+SIDES = (28, 20, 14, 10, 8, 7)  # px, to which test pictures are shrunk
+SINGLE_CLASS = 15  # pictures: a smaller class says too little about a folder of one class
+
+
+def write_test(folder: Path, test: train.Split, side: int) -> Path:
+    """Write EMNIST's test pictures as inference.py may meet them, into folders by character."""
+    for number, (image, label) in enumerate(zip(test.images.numpy(), test.labels, strict=True)):
+        file = folder / CNN.ALPHABET[label] / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).resize((side, side)).save(file)
+    return folder
+
+
+def shipped(args: argparse.Namespace, scratch: Path) -> tuple[str, dict]:
+    """Measure on EMNIST's test: by the net in float32, and by inference.py."""
+    net = CNN.load(args.model)
+    test = train.read_emnist(args.data, train=False)
+    logits = CNN.predict(net, test.images)[0] / net.card.temperature
+    (rows,) = classify([write_test(scratch, test, CNN.SIZE)], *args.flags)
+    content = {
+        "parameters": sum(parameter.numel() for parameter in net.parameters()),
+        "bytes": args.model.stat().st_size,
+        "temperature": net.card.temperature,
+        "validation": net.card.metrics["validation"],
+        "test": CNN.compute_metrics(logits, test.labels),
+        "through_inference": score(rows, rows),
+        "confusion": CNN.count_confusions(logits, test.labels).tolist(),
+        "doubt": doubt(rows),
+    }
+    return f"{len(rows):,} test pictures of the EMNIST sample", content
+
+
+def field(args: argparse.Namespace, scratch: Path) -> tuple[str, dict]:
+    """Measure on labelled sets, each by a run of its own; the last row is their mean."""
+    folders = [path for path in sorted(args.field.resolve().iterdir()) if path.is_dir()]
+    rows = []
+    pooled = []
+    for folder, answers in zip(folders, classify(folders, *args.flags), strict=True):
+        (told,) = classify([folder], "--alphabet", find_alphabet(folder), *args.flags)
+        row = {"set": folder.name, "pictures": len(answers), **score(answers, told)}
+        rows.append(row | {"ECE": calibration_error(answers)})
+        pooled += answers
+    mean = {key: np.mean([row[key] for row in rows]) for key in (*SCORES, "ECE")}
+    rows.append({"set": "mean of sets", "pictures": len(pooled), **mean})
+    data = f"{len(pooled):,} pictures of {len(folders)} field sets"
+    return data, {"rows": rows, "doubt": doubt(pooled)}
+
+
+def single(args: argparse.Namespace, scratch: Path) -> tuple[str, dict]:
+    """Measure on folders of a single class, adapted to each and not."""
+    folders = [path for path in sorted(args.field.resolve().glob("*/*")) if path.is_dir()]
+    folders = [path for path in folders if len(list(path.iterdir())) >= SINGLE_CLASS]
+    adapted = [accuracy(rows) for rows in classify(folders, *args.flags)]
+    alone = [accuracy(rows) for rows in classify(folders, "--no-adapt", *args.flags)]
+    lost = np.subtract(alone, adapted)
+    row = {
+        "classes": len(folders),
+        "adapted, %": np.mean(adapted),
+        "alone, %": np.mean(alone),
+        "lose more than 3 points": int((lost > 3).sum()),
+        "lose more than 10 points": int((lost > 10).sum()),
+    }
+    return f"{len(folders)} classes of the field sets, each a folder", {"rows": [row]}
+
+
+def scenes(args: argparse.Namespace, scratch: Path) -> tuple[str, dict]:
+    """Draw scenes and score them, both by the script that comes with them."""
+    draw = [sys.executable, str(args.scenes.resolve())]
+    subprocess.run([*draw, str(scratch / "scenes")], cwd=ROOT, check=True)
+    ours = [sys.executable, str(ROOT / "inference.py")]
+    stand_in = (
+        f"import os, sys\nos.execv({ours[0]!r}, [*{ours}, *sys.argv[1:], *{[*args.flags]}])\n"
+    )
+    (scratch / "inference.py").write_text(stand_in)  # --score calls it, without our flags
+    command = [*draw, "--score", str(scratch / "scenes")]
+    run = subprocess.run(command, cwd=scratch, check=True, text=True, stdout=subprocess.PIPE)
+    *lines, means = run.stdout.splitlines()
+    pairs = [line.split() for line in lines]
+    rows = [{"kind": kind, "right, %": float(right)} for kind, right in pairs]
+    means = {group: float(right) for group, right in re.findall(r"(\w+) ([\d.]+)", means)}
+    return "scenes drawn by ../shared/scenes/draw.py", {"rows": rows, "means": means}
+
+
+def sizes(args: argparse.Namespace, scratch: Path) -> tuple[str, dict]:
+    """Measure on every fourth test picture, shrunk."""
+    test = train.read_emnist(args.data, train=False)
+    few = train.Split(test.images[::4], test.labels[::4])
+    folders = [write_test(scratch / str(side), few, side) for side in SIDES]
+    rows = []
+    for side, answers in zip(SIDES, classify(folders, *args.flags), strict=True):
+        rows.append({"side, px": side, "ours, %": accuracy(answers)})
+    return "every 4th test picture of the EMNIST sample, shrunk by Pillow, bicubic", {"rows": rows}
+
+
+def samples(args: argparse.Namespace, scratch: Path) -> tuple[str, dict]:
+    """Run inference.py over tests/samples as a user does; keep the lines that it prints."""
+    lines = {}
+    for form in ("ascii", "csv"):
+        command = [sys.executable, "inference.py", "--input", "tests/samples", "--format", form]
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        lines[form] = [*run.stdout.splitlines(), run.stderr.splitlines()[-1]]
+    return "tests/samples", lines
+
+
+PARTS = {part.__name__: part for part in (shipped, field, single, scenes, sizes, samples)}
