@@ -63,23 +63,22 @@ def show_summary(records: Records) -> str:
     """Show the table that the README begins with."""
     shipped = records["shipped"]
     test = shipped["test"]
-    field = [f"{records['field']['rows'][-1][score]:.1f}" for score in SCORES]
-    speed = [f"{row['ours']:,.0f}" for row in records["bench-inference"]["rows"]]
+    known = f"{test['digits_known']:.1f} · {test['letters_known']:.1f}"
+    field = records["field"]
+    means = " · ".join(f"{field['rows'][-1][score]:.1f}" for score in SCORES)
     scenes = records["scenes"]["means"]["scene"]
-    gpu = records["bench-gpu"]["full_run_seconds"]
+    speed = " · ".join(f"{row['ours']:,.0f}" for row in records["bench-inference"]["rows"])
+    training = records["bench-gpu"]["full_run_seconds"]
     rows = [
-        ("of all 36 classes", f"{test['accuracy']:.1f} %", "EMNIST: half of its test set"),
-        ("of digits alone", f"{test['digits_known']:.1f} %", "the same, --alphabet 0-9"),
-        ("of letters alone", f"{test['letters_known']:.1f} %", "the same, --alphabet A-Z"),
-        ("by other hands", f"{field[0]} %", f"{records['field']['data']}, no training data"),
-        ("with 0/O and 1/I/L as one", f"{field[1]} %", "the same"),
-        ("with digits or letters known", f"{field[2]} %", "the same"),
-        ("in shadows, frames, boxes", f"{scenes:.1f} %", "drawn scenes"),
-        ("small PNGs · photographs a second", " · ".join(speed), "two cores of an AMD EPYC"),
-        ("training", f"{gpu:.0f} s", "an H100"),
+        ("right, of all 36 classes", f"{test['accuracy']:.1f} %", "half of EMNIST's test set"),
+        ("right, digits alone · letters alone", f"{known} %", "the same"),
+        ("right, by other hands", f"{means} %", field["data"]),
+        ("right, in shadows, frames, boxes, on rules", f"{scenes:.1f} %", "drawn scenes"),
+        ("small PNGs · photographs a second", speed, "two CPU cores"),
+        ("training, start to weights", f"{training:.0f} s", "an H100"),
         ("weights", f"{shipped['bytes'] / 1e6:.1f} MB", f"{shipped['parameters']:,} parameters"),
     ]
-    return format_table([dict(zip(("right", " ", "on"), row, strict=True)) for row in rows])
+    return format_table([dict(zip(("", "here", "on"), row, strict=True)) for row in rows])
 
 
 def show_shipped(records: Records) -> str:
@@ -113,32 +112,52 @@ def show_sizes(records: Records) -> str:
 
 
 def compare(records: Records, pattern: str) -> str:
-    """Compare the records whose names match; those that differ by their seed alone, in a row."""
+    """Compare the weights whose records' names match; if they differ by their seed alone, in a row.
+
+    What was measured of the weights NAME elsewhere is in the records field-NAME, alone-NAME (with
+    --no-adapt) and scenes-NAME; of the shipped ones, in field, alone and scenes.
+    """
     groups: dict[str, list[dict]] = {}
     for name, record in records.items():
         if re.fullmatch(pattern, name):
-            sets = records.get("field" if name == "shipped" else f"field-{name}", record)
-            means = [sets["rows"][-1][score] for score in SCORES] if "rows" in sets else None
-            groups.setdefault(record["what"], []).append(record | {"field": means})
-    rows = []
-    for what, group in groups.items():
-        right = [record["test"]["accuracy"] for record in group if "test" in record]
-        nll = [record["test"]["nll"] for record in group if "test" in record]
-        field = [record["field"] for record in group if record["field"]]
-        rows.append({
-            "": what,
-            "claimed, %": str(group[0].get("claimed", "")),
-            "EMNIST test, %": f"{np.mean(right):.2f}" if right else "",
-            "of the seeds": f"{min(right):.2f}-{max(right):.2f}" if len(right) > 1 else "",
-            "NLL": f"{np.mean(nll):.4f}" if nll else "",
-            "field sets, %": " · ".join(f"{x:.1f}" for x in np.mean(field, 0)) if field else "",
-        })  # fmt: skip
-    return format_table(rows)
+            suffix = "" if name == "shipped" else f"-{name}"
+            field = records.get(f"field{suffix}", record if "rows" in record else None)
+            alone = records.get(f"alone{suffix}")
+            scenes = records.get(f"scenes{suffix}")
+            entry = {
+                "claimed": record.get("claimed"),
+                "test": record.get("test"),
+                "field": [field["rows"][-1][score] for score in SCORES] if field else None,
+                "alone": [alone["rows"][-1][score] for score in SCORES] if alone else None,
+                "scenes": [scenes["means"][group] for group in ("scene", "junk")]
+                if scenes
+                else None,
+            }
+            groups.setdefault(record["what"], []).append(entry)
+    return format_table([compare_seeds(what, group) for what, group in groups.items()])
+
+
+def compare_seeds(what: str, group: list[dict]) -> dict[str, str]:
+    """Return the row of a table on records that differ by their seed alone."""
+    tests = [entry["test"] for entry in group if entry["test"]]
+    right = [test["accuracy"] for test in tests]
+    row = {
+        "": what,
+        "claimed, %": str(group[0]["claimed"] or ""),
+        "EMNIST test, %": f"{np.mean(right):.2f}" if tests else "",
+        "of the seeds": f"{min(right):.2f}-{max(right):.2f}" if len(tests) > 1 else "",
+        "NLL": f"{np.mean([test['nll'] for test in tests]):.4f}" if tests else "",
+    }
+    heads = {"field": "field sets, %", "alone": "judged alone, %", "scenes": "scenes · junk, %"}
+    for key, head in heads.items():
+        values = [entry[key] for entry in group if entry[key]]
+        row[head] = " · ".join(f"{x:.1f}" for x in np.mean(values, axis=0)) if values else ""
+    return row
 
 
 TABLES: dict[str, Callable[[Records], str]] = {
     "summary": show_summary,
-    "ascii": partial(show_lines, form="ascii", numbers=[0, 1, 2, None, 41, 42, 43]),
+    "ascii": partial(show_lines, form="ascii", numbers=[0, 1, None, 42, 43]),
     "csv": partial(show_lines, form="csv", numbers=[0, 1, 2, 33]),
     "peers": partial(show, names=["peers"]),
     "shipped": show_shipped,
@@ -147,9 +166,10 @@ TABLES: dict[str, Callable[[Records], str]] = {
     "ways": partial(compare, pattern="way-."),
     "levers": partial(compare, pattern="lever-.*"),
     "halves": partial(compare, pattern="explore-.*"),
-    "adapting": partial(compare, pattern="field|field-alone"),
+    "adapting": partial(compare, pattern="field|alone"),
     "single": partial(show, names=["single"]),
     "scenes": partial(show, names=["scenes"]),
+    "mixes": partial(compare, pattern="shipped|mix-.*"),
     "fonts": partial(compare, pattern="before|fonts-.*"),
     "corrections": partial(compare, pattern="own-.*"),
     "sizes": show_sizes,

@@ -8,6 +8,9 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -39,12 +42,94 @@ ANCHORS = {
 }
 
 
-def sentences(text: str) -> str:
-    """Return a page without its code, and without what the study writes into it."""
-    return re.sub(r"```.*?```", "", tables.BLOCK.sub("", text), flags=re.DOTALL)
+# Numbers
 
 
-# Figures
+class Claim(NamedTuple):
+    """A number in a sentence, and what it is in the records."""
+
+    page: str
+    words: str  # {} stands for the number
+    find: Callable[[dict], float]
+    tolerance: float = 0.5
+
+
+def find_mean(records: dict, name: str) -> float:
+    """Return the accuracy of some weights on labelled sets, the mean of the sets."""
+    return records[name]["rows"][-1]["accuracy"]
+
+
+def find_doubt(records: dict, key: str) -> float:
+    """Return what a --min-confidence of 0.9 means on the field sets."""
+    return next(row for row in records["field"]["doubt"] if row["threshold"] == "0.9")[key]
+
+
+def find_validation(records: dict, name: str) -> float:
+    return records[name]["validation"]["accuracy"]
+
+
+IN_README = partial(Claim, "README.md")
+IN_STUDY = partial(Claim, "images_for_readme/README.md")
+CLAIMS = [
+    IN_README(
+        "this gains about {} points", lambda r: find_mean(r, "field") - find_mean(r, "alone")
+    ),
+    IN_README("about {} % of the field sets are answered", lambda r: find_doubt(r, "answered")),
+    IN_README("about {} % of these rightly", lambda r: find_doubt(r, "right")),
+    IN_README("about {} % are left without", lambda r: r["scenes"]["means"]["junk"]),
+    IN_README("Expect about {} % on EMNIST's", lambda r: r["shipped"]["test"]["accuracy"]),
+    IN_README("about {} s on an H100", lambda r: r["bench-gpu"]["full_run_seconds"]),
+    IN_README("of about {} minutes each", lambda r: r["bench-cpu"]["rows"][0]["s/epoch"] / 60),
+    IN_README("writers went from about {} %", lambda r: find_mean(r, "field-own-before")),
+    IN_README("% to about {} %, while", lambda r: find_mean(r, "field-own-gentle")),
+    IN_README("stayed at about {} %", lambda r: r["own-gentle"]["test"]["accuracy"]),
+    IN_README("About {} pictures of each", lambda r: int(r["peers"]["data"].split()[0]) / 8, 5),
+    IN_STUDY(
+        "about {} % of test are right", lambda r: r["shipped"]["through_inference"]["accuracy"]
+    ),
+    IN_STUDY("about {} % with 0/O", lambda r: r["shipped"]["through_inference"]["alike"]),
+    IN_STUDY("These are {} pictures of 8", lambda r: r["field"]["rows"][-1]["pictures"], 0),
+    IN_STUDY(
+        "teacher is worth about {} points",
+        lambda r: find_validation(r, "taught-one") - find_validation(r, "taught-none"),
+        0.05,
+    ),
+    IN_STUDY(
+        "the small net is about {} points below",
+        lambda r: find_validation(r, "before") - find_validation(r, "small-taught"),
+        0.05,
+    ),
+    IN_STUDY("reaches in about {} s", lambda r: r["bench-baseline"]["baseline_seconds"]),
+    IN_STUDY("ours takes about {} s", lambda r: r["bench-baseline"]["seconds"]),
+    IN_STUDY("on validation after about {} s", lambda r: r["bench-gpu"]["seconds_to_target"]),
+    IN_STUDY("and about {} s to compile", lambda r: r["bench-gpu"]["build_seconds"]),
+]
+NUMBER = r"(\d[\d,]*(?:\.\d+)?)"
+
+
+def sentences(page: str) -> str:
+    """Return a page on one line, without code and without what the study writes into it."""
+    text = re.sub(r"```.*?```", "", tables.BLOCK.sub("", TEXTS[page]), flags=re.DOTALL)
+    return " ".join(text.split())
+
+
+def find_claim(claim: Claim) -> re.Match:
+    matches = [*re.finditer(re.escape(claim.words).replace(r"\{\}", NUMBER), sentences(claim.page))]
+    assert len(matches) == 1
+    return matches[0]
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.words)
+def test_a_number_in_a_sentence_agrees_with_the_records(claim):
+    number = float(find_claim(claim)[1].replace(",", ""))
+    assert number == pytest.approx(claim.find(RECORDS), abs=claim.tolerance)
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_what_is_about_a_number_is_held_to_the_records(page):
+    held = {find_claim(claim).start(1) for claim in CLAIMS if claim.page == page}
+    for match in re.finditer("[Aa]bout " + NUMBER, sentences(page)):
+        assert match.start(1) in held, match[0]
 
 
 @pytest.mark.parametrize("page", TEXTS)
@@ -61,7 +146,7 @@ def test_marks_stand_on_lines_of_their_own(page):
 
 @pytest.mark.parametrize("page", TEXTS)
 def test_exact_percentages_stand_in_tables_only(page):
-    assert re.findall(r"\d\.\d+ ?%", sentences(TEXTS[page])) == []
+    assert re.findall(r"\d\.\d+ ?%", sentences(page)) == []
 
 
 # Commands
@@ -70,7 +155,7 @@ def test_exact_percentages_stand_in_tables_only(page):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_parse(command):
     words = shlex.split(command)
-    assert words[0] in {"python3", "docker", "torchrun"}, "say how to check this one"
+    assert words[0] in {"python3", "docker", "torchrun", "ruff"}, "say how to check this one"
     parsers = {
         "inference.py": inference.parse,
         "train.py": train.parse,
