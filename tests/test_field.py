@@ -16,8 +16,8 @@ LOWEST = 85.0  # per cent right of any set whose alphabet is known
 
 def classify(folder: Path, file: Path, alphabet: str) -> list[dict]:
     """Return the answers to a set, in this process, which has imported torch already."""
-    form = ["--format", "json", "--output", str(file), "--alphabet", alphabet]
-    inference.main(["--input", str(folder), *form])
+    output = ["--format", "json", "--output", str(file)]
+    inference.main(["--input", str(folder), "--alphabet", alphabet, "--workers", "1", *output])
     return measure.read_rows(file.read_text())
 
 
