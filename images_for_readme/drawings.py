@@ -46,7 +46,7 @@ def fitting(records: dict[str, dict]) -> None:
         "as EMNIST's\nfiles hold it": [image.T for image in upright],
         "turned upright\nby train.py": upright,
         "as it came": [open_as_seen(SAMPLES / name, 96) for name in FITTED],
-        "fitted by\npicture.py": [picture.prepare(str(SAMPLES / name), SIZE)[0] for name in FITTED],
+        "fitted by\npicture.py": [fit_sample(name) for name in FITTED],
     }
     grid = plt.subplots(len(rows), len(FITTED), figsize=(11, 4))[1]
     for axes, (text, images) in zip(grid, rows.items(), strict=True):
@@ -79,6 +79,11 @@ def confusion(records: dict[str, dict]) -> None:
     axes.set_yticks(range(len(ALPHABET)), ALPHABET, fontsize=7)
     axes.set(xlabel="answer", ylabel="truth")
     figure.colorbar(chart, label="% of the row's pictures", format="%g", shrink=0.8)
+
+
+def fit_sample(name: str) -> np.ndarray:
+    """Return the first reading of a sample: (28, 28) uint8."""
+    return picture.prepare(str(SAMPLES / name), SIZE).reshape(-1, SIZE, SIZE)[0]
 
 
 def show_image(axes: plt.Axes, image: np.ndarray) -> None:

@@ -100,6 +100,9 @@ def doubt(rows: list[dict]) -> list[dict]:
 
 SIDES = (28, 20, 14, 10, 8, 7)  # px, to which test pictures are shrunk
 SINGLE_CLASS = 15  # pictures: a smaller class says too little about a folder of one class
+STAND_IN = """import os, sys
+os.execv(sys.executable, [sys.executable, {script!r}, *sys.argv[1:], *{flags!r}])
+"""
 
 
 def write_test(folder: Path, test: train.Split, side: int) -> Path:
@@ -164,14 +167,14 @@ def single(args: argparse.Namespace, scratch: Path) -> tuple[str, dict]:
 
 
 def scenes(args: argparse.Namespace, scratch: Path) -> tuple[str, dict]:
-    """Draw scenes and score them, both by the script that comes with them."""
+    """Draw scenes and score them, both by the script that comes with them.
+
+    It scores the inference.py of the folder that it is started in: one that adds our flags.
+    """
     draw = [sys.executable, str(args.scenes.resolve())]
     subprocess.run([*draw, str(scratch / "scenes")], cwd=ROOT, check=True)
-    ours = [sys.executable, str(ROOT / "inference.py")]
-    stand_in = (
-        f"import os, sys\nos.execv({ours[0]!r}, [*{ours}, *sys.argv[1:], *{[*args.flags]}])\n"
-    )
-    (scratch / "inference.py").write_text(stand_in)  # --score calls it, without our flags
+    stand_in = STAND_IN.format(script=str(ROOT / "inference.py"), flags=args.flags)
+    (scratch / "inference.py").write_text(stand_in)
     command = [*draw, "--score", str(scratch / "scenes")]
     run = subprocess.run(command, cwd=scratch, check=True, text=True, stdout=subprocess.PIPE)
     *lines, means = run.stdout.splitlines()
