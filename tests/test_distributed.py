@@ -1,5 +1,6 @@
 """Training under torchrun: two gloo processes on the CPU."""
 
+import math
 import signal
 import socket
 import subprocess
@@ -17,7 +18,7 @@ from train import Config, Machine, Split
 
 MACHINES = [Machine(torch.device("cpu"), torch.float32, rank, 2) for rank in range(2)]
 ALONE = MACHINES[0]._replace(world=1)
-CONFIG = Config(arch="run1", batch_size=16, epochs=12, warmup=5)  # 96 steps
+CONFIG = Config(arch="run1", batch_size=16, epochs=12, warmup=5, outliers=0.25)  # 96 steps
 
 
 def train_by_hand(split: Split, steps: int) -> dict[str, torch.Tensor]:
@@ -32,7 +33,10 @@ def train_by_hand(split: Split, steps: int) -> dict[str, torch.Tensor]:
         for net, feed in zip(nets, feeds, strict=True):
             images, labels = next(feed)  # it seeds the dropout of its rank as well
             net.zero_grad()
-            (F.cross_entropy(net(images), labels) / 2).backward()
+            logits = net(images)
+            loss = F.cross_entropy(logits[:8], labels)
+            loss += 0.5 * (-logits[8:].log_softmax(1).mean() - math.log(36))
+            (loss / 2).backward()
         for ours, theirs in zip(*(net.parameters() for net in nets), strict=True):
             ours.grad += theirs.grad
         state.optimizer.param_groups[0]["lr"] = train.learning_rate(step, 96, CONFIG)
@@ -41,8 +45,8 @@ def train_by_hand(split: Split, steps: int) -> dict[str, torch.Tensor]:
 
 
 def test_two_ranks_share_the_work_and_the_first_writes_also_when_stopped(tiny_emnist, tmp_path):
-    flags = ["--epochs", "12", "--precision", "float32", "--data", tiny_emnist]
-    flags += ["--out", tmp_path / "model.pt"]
+    flags = ["--epochs", "12", "--precision", "float32", "--outliers", "0.25"]
+    flags += ["--data", tiny_emnist, "--out", tmp_path / "model.pt"]
     ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command, pipe = [sys.executable, *ranks, train.__file__, *SHORT, *flags], subprocess.PIPE
     stopped = subprocess.Popen(list(map(str, command)), stdout=pipe, stderr=pipe, text=True)
@@ -85,12 +89,18 @@ def test_two_ranks_share_the_work_and_the_first_writes_also_when_stopped(tiny_em
 
 
 def test_ranks_share_each_batch_of_one_process(tiny_emnist, monkeypatch):
-    split, config = train.read_emnist(tiny_emnist, train=True), Config(batch_size=8, augment="none")
-    feeds = [train.batches(split, 17, config, machine) for machine in (ALONE, *MACHINES)]
+    split = train.read_emnist(tiny_emnist, train=True)
+    config = Config(batch_size=8, augment="none", outliers=0.0)
+    alone = train.batches(split, 17, config, ALONE)
+    first_rank, second_rank = (train.batches(split, 17, config, machine) for machine in MACHINES)
     for _ in range(9):
-        (images, labels), *halves = map(next, feeds)
-        assert torch.equal(images, torch.cat([half[0] for half in halves]))
-        assert torch.equal(labels, torch.cat([half[1] for half in halves]))
+        images, labels = next(alone)
+        first_images, first_labels = next(first_rank)
+        second_images, second_labels = next(second_rank)
+        assert torch.equal(images[::2], first_images)
+        assert torch.equal(images[1::2], second_images)
+        assert torch.equal(labels[::2], first_labels)
+        assert torch.equal(labels[1::2], second_labels)
     monkeypatch.setattr(train.dist, "barrier", lambda: None)
     with pytest.raises(SystemExit, match="--batch-size 15: 2 processes"):
         train.load_splits(Config(batch_size=15, data=tiny_emnist), MACHINES[0])

@@ -9,6 +9,7 @@ import zipfile
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 from torchvision.datasets import EMNIST
@@ -56,6 +57,26 @@ def test_archive_put_there_by_hand_needs_no_network(run_train, archive, files, t
     assert content(tmp_path / "data") == files | {"gzip.zip": archive}
 
 
+@pytest.mark.parametrize("content", [b"<html>Sign in!</html>", b""])
+def test_a_wrong_archive_put_there_by_hand_is_named_and_stays(
+    run_train, archive, tmp_path, content
+):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "gzip.zip").write_bytes(content)
+    error = run_train("--data", data).error
+    found = hashlib.md5(content).hexdigest()
+    assert error.startswith(f"{data}/gzip.zip: its MD5 is {found}, not {EMNIST.md5}: ")
+    assert (data / "gzip.zip").read_bytes() == content
+
+
+def test_an_archive_put_there_by_hand_needs_no_links(run_train, archive, tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "symlink_to", MagicMock(side_effect=OSError("no links here")))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "gzip.zip").write_bytes(archive)
+    assert run_train("--epochs", 1, "--data", tmp_path / "data").status == 0
+
+
 REASONS = {
     "absent": "HTTP Error 404", "cut short": "not found or corrupted", "stall": "timed out",
     "web page": "not found or corrupted", "no network": "Connection refused",
@@ -98,4 +119,4 @@ def test_damaged_file_is_one_line_that_says_what_to_delete(run_train, files, tmp
             (data / path).write_bytes(whole)
         error = run_train("--data", data).error
         assert error.startswith(f"no EMNIST in {data}: ")
-        assert f": delete {data}/EMNIST, put " in error
+        assert error.endswith(f": delete {data}/EMNIST and start again: it is fetched anew")

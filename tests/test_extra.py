@@ -1,4 +1,4 @@
-"""A user's own pictures, a file to start from, teachers: what each changes in a training."""
+"""Extra pictures and a file to start from: what each changes in a training."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +12,7 @@ import CNN
 import train
 
 BATCH = 24
+CPU = train.Machine(torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture
@@ -22,6 +23,7 @@ def pictures(tmp_path: Path) -> Path:
         (folder / character).mkdir(parents=True, exist_ok=True)
         drawn(character.upper(), seed=i).save(folder / character / f"{i}.png")
     (folder / "A" / "damaged.png").write_bytes(b"no picture")
+    (folder / "CREDIT.txt").write_text("Somebody's hands\n")
     return folder
 
 
@@ -37,7 +39,7 @@ def split_of(count: int) -> train.Split:
 
 
 def test_folders_are_read_fitted_and_appended(pictures, capsys):
-    both = train.add_extra(split_of(50), pictures)
+    both = train.add_extra(split_of(50), train.list_extra(pictures))
     assert both.extra == 7
     assert [CNN.ALPHABET[i] for i in both.labels[50:].tolist()] == list("777AAQQ")
     assert both.images[50:].amax((1, 2)).tolist() == [255] * 7  # fitted: ink 255 on 0
@@ -47,11 +49,30 @@ def test_folders_are_read_fitted_and_appended(pictures, capsys):
     assert len(said.splitlines()) == 1
 
 
-def test_corrections_of_the_report_are_taken_as_well(pictures, tmp_path):
+def test_corrections_of_the_report_are_taken_as_well(tmp_path):
     table = tmp_path / "corrections.csv"
-    table.write_text(f"path,character\n{pictures}/A/0.png,b\n{pictures}/7/4.png,1\n")
-    both = train.add_extra(split_of(2), table)
-    assert [CNN.ALPHABET[i] for i in both.labels[2:].tolist()] == ["B", "1"]
+    table.write_text("path,character\nA/0.png,b\n7/4.png,1\n")
+    labelled = train.list_extra(table)
+    assert [(path, CNN.ALPHABET[i]) for path, i in labelled] == [("A/0.png", "B"), ("7/4.png", "1")]
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (b"path,character\na.png,A\nb.png\n", 3),
+        (b"path,character\na.png,A\n\nb.png,B\n", 3),
+        (b"path;character\na.png;A\n", 1),
+        (b"path\tcharacter\na.png\tA\n", 1),
+        ("path,character\na.png,A\n".encode("utf-16"), 1),
+        (b"", 1),
+    ],
+)
+def test_corrections_edited_by_hand_are_told_by_file_and_line(run_train, tmp_path, content, line):
+    table = tmp_path / "corrections.csv"
+    table.write_bytes(content)
+    error = run_train("--extra", table).error
+    assert error.startswith(f"--extra {table}: line {line}: ")
+    assert error.endswith("give a csv, by comma, in UTF-8, headed path,character")
 
 
 @pytest.mark.parametrize("name", ["AB", "Ä", ""])
@@ -59,28 +80,47 @@ def test_folders_that_are_no_class_or_hold_nothing_end_it_with_the_layout(tmp_pa
     if name:
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.png").write_bytes(b"")
-    message = "is no class: name folders 0-9 and A-Z" if name else "no pictures: put them into"
+    message = "is no class: name it 0-9 or A-Z" if name else "no pictures: put them into"
     with pytest.raises(SystemExit, match=message):
-        train.add_extra(split_of(2), tmp_path)
+        train.list_extra(tmp_path)
 
 
-def test_each_batch_holds_the_share_where_augmentation_changes(config):
+def test_a_folder_of_which_nothing_can_be_read_ends_it(tmp_path):
+    with pytest.raises(SystemExit, match="none of its pictures can be read"):
+        train.add_extra(split_of(2), [(str(tmp_path / "absent.png"), 3)])
+
+
+def test_each_batch_begins_with_its_fraction_of_extra_pictures(config):
     split = split_of(110)._replace(extra=10)
-    config = replace(config, extra_share=0.25)
+    config = replace(config, extra_fraction=0.25)
     rows = train.draw_epoch(split, 0, config)
     assert rows.shape == (100 // (BATCH - 6), BATCH)
-    is_extra = rows >= 100
-    assert (is_extra.sum(1) == 6).all()
-    assert is_extra[:, 0:12:2].all()  # at the even places, which `augment` changes
-    own = rows[~is_extra]
-    assert len(own.unique()) == len(own)  # EMNIST's come once each
+    assert (rows[:, :6] >= 100).all()
+    emnist_rows = rows[:, 6:].flatten()
+    assert (emnist_rows < 100).all()
+    assert len(emnist_rows.unique()) == len(emnist_rows)  # once each
     assert (train.draw_epoch(split, 0, config) == rows).all()
     assert (train.draw_epoch(split, 1, config) != rows).any()
 
 
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_every_rank_has_its_part_of_the_extra_pictures(config, world):
+    split = split_of(110)._replace(extra=10, labels=torch.arange(110))
+    config = replace(config, extra_fraction=0.25, augment="none", outliers=0)
+    alone = next(train.batches(split, 0, config, CPU))[1]
+    parts = []
+    for rank in range(world):
+        machine = CPU._replace(rank=rank, world=world)
+        _, labels = next(train.batches(split, 0, config, machine))
+        assert len(labels) == BATCH // world
+        assert (labels >= 100).sum() in (6 // world, 6 // world + 1)
+        parts.append(labels)
+    assert torch.cat(parts).sort()[0].tolist() == alone.sort()[0].tolist()
+
+
 def test_init_starts_from_a_file_and_learns_the_extra(config, pictures, tmp_path):
     start = CNN.load(ROOT / "model.pt")
-    config = replace(config, init=ROOT / "model.pt", extra=pictures, extra_share=0.25, lr=1e-4)
+    config = replace(config, init=ROOT / "model.pt", extra=pictures, extra_fraction=0.25, lr=1e-4)
     state = train.start(config, train.set_up(config), 1)
     for key, value in start.state_dict().items():
         torch.testing.assert_close(state.net.state_dict()[key], value)
@@ -88,29 +128,13 @@ def test_init_starts_from_a_file_and_learns_the_extra(config, pictures, tmp_path
     net = CNN.load(config.out)
     assert net.card.arch == start.card.arch
     assert results["test"]["accuracy"] > 60  # hardly moved by one epoch at this rate
-    labels = train.add_extra(train.read_emnist(config.data, train=True), pictures).labels
-    share = (labels[:-7] < 10).float().mean() * 0.75 + 3 / 7 * 0.25
-    assert net.card.digit_prior == pytest.approx(share.item(), abs=0.08)
-
-
-def test_teachers_answers_are_learned(config, tmp_path):
-    teacher = CNN.Net("run1")
-    with torch.no_grad():
-        teacher.fc2.bias.zero_()[5] = 40  # it says 5, whatever it sees
-    CNN.save(teacher, tmp_path / "teacher.pt")
-    config = replace(config, teacher=(tmp_path / "teacher.pt",))
-    machine = train.set_up(config)
-    net = train.start(config, machine, 1).net.eval()
-    images, labels = torch.rand(8, 1, 28, 28), torch.full((8,), 7)
-    with torch.autocast("cpu", machine.precision, enabled=machine.precision != torch.float32):
-        log_p = net(images).log_softmax(1)
-    expected = -(0.1 * log_p[:, 7].mean() + 0.9 * log_p[:, 5].mean())
-    loss = train.make_loss(net, config, machine)(images, labels)
-    assert loss.item() == pytest.approx(expected.item(), rel=0.02)
+    labels = train.read_emnist(config.data, train=True).labels
+    prior = (labels < 10).float().mean() * 0.75 + 3 / 7 * 0.25
+    assert net.card.digit_prior == pytest.approx(prior.item(), abs=0.08)
+    assert net.card.credit == f"{train.EMNIST_CREDIT}; Somebody's hands"
 
 
 def test_a_file_that_is_no_net_is_one_line(run_train, tmp_path):
     (tmp_path / "bad.pt").write_bytes(b"nothing")
-    for flag in ("--init", "--teacher"):
-        error = run_train(flag, tmp_path / "bad.pt").error
-        assert error.startswith(f"{flag}: {tmp_path}/bad.pt: no weights of ours")
+    error = run_train("--init", tmp_path / "bad.pt").error
+    assert error.startswith(f"--init: {tmp_path}/bad.pt: no weights of ours")

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -116,7 +117,9 @@ def test_other_settings_other_data_and_a_training_anew_are_refused(
 ):
     before, made = interrupted.read_bytes(), f"--resume: {interrupted} was made with: "
     error = run_train("--resume", "--lr", 0.01, "--arch", "run7").error
-    assert error == f"{made}arch run1, not run7, lr 0.003, not 0.01: pass the same settings"
+    assert (
+        error == f"{made}arch run1, not run7, lr 0.003, not 0.01: pass the same settings and files"
+    )
     more = strokes.write_tiny_emnist(tmp_path / "more", per_class=6)
     assert run_train("--resume", "--data", more).error.startswith(f"{made}pictures 138, not ")
     error = run_train().error
@@ -132,3 +135,33 @@ def test_resume_without_a_checkpoint_starts_and_a_seed_repeats_a_run(run_train, 
         found.append(content(tmp_path / "model.pt"))
         assert run_train("--seed", seed).status == 0
     assert found[1] == found[0] != content(tmp_path / "model.pt")
+
+
+def test_another_number_of_ranks_goes_on_and_says_so(run_train, interrupted):
+    saved = torch.load(interrupted, weights_only=True)
+    saved["settings"]["ranks"] = 4
+    torch.save(saved, interrupted)
+    status, _, err = run_train("--resume")
+    assert status == 0
+    going_on, warning, *_ = err.splitlines()
+    assert going_on.startswith("going on from ")
+    assert warning == "warning: ranks 4, not 1: this run can't be repeated bit for bit"
+
+
+def test_another_file_to_start_from_is_refused(run_train, monkeypatch, tmp_path):
+    CNN.save(CNN.Net("run1"), tmp_path / "start.pt")
+    flags = ["--init", tmp_path / "start.pt"]
+    assert train_until(run_train, monkeypatch, 12, signal.SIGTERM, *flags).status == 143
+    CNN.save(CNN.Net("run1"), tmp_path / "start.pt")
+    error = run_train("--resume", *flags).error
+    assert error.startswith(f"--resume: {tmp_path / CHECKPOINT} was made with: init_md5 ")
+    assert error.endswith(": pass the same settings and files")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("2.00 GiB")])
+def test_memory_that_runs_out_is_not_blamed_on_the_checkpoint(
+    run_train, interrupted, monkeypatch, error
+):
+    monkeypatch.setattr(torch, "load", MagicMock(side_effect=error))
+    assert run_train("--resume").error.startswith("out of memory: ")
+    assert interrupted.exists()

@@ -44,13 +44,32 @@ def test_without_a_key_the_real_log_is_offline_and_whole(run_train, tmp_path, mo
         assert text.encode() in data, text
 
 
-def test_mode_is_the_users_or_online_with_a_key_or_offline(run_train, fake, monkeypatch):
-    for mode, key, chosen in (("", False, "offline"), ("", True, None), ("disabled", False, None)):
-        fake.login.return_value = key
-        if mode:
-            monkeypatch.setenv("WANDB_MODE", mode)
-        assert run_train("--wandb", "--epochs", 1).status == 0
-        assert fake.init.call_args.kwargs["mode"] == chosen  # None lets WANDB_MODE decide
+@pytest.mark.parametrize(
+    ("mode", "key", "passed"), [("", False, "offline"), ("", True, None), ("disabled", False, None)]
+)
+def test_mode_is_the_users_or_online_with_a_key_or_offline(
+    run_train, fake, monkeypatch, mode, key, passed
+):
+    fake.login.return_value = key
+    if mode:
+        monkeypatch.setenv("WANDB_MODE", mode)
+    assert run_train("--wandb", "--epochs", 1).status == 0
+    assert fake.init.call_args.kwargs.get("mode") == passed  # None lets WANDB_MODE decide
+
+
+def test_a_server_that_does_not_answer_leaves_the_log_offline(run_train, fake):
+    def init(mode: str | None = None, **_: object) -> MagicMock:
+        if mode != "offline":
+            raise TimeoutError("no answer")
+        return MagicMock(id="abc", offline=True, dir="runs/abc/files")
+
+    fake.init.side_effect = init
+    status, _, err = run_train("--wandb", "--epochs", 1)
+    assert status == 0
+    warning, line, *_ = err.splitlines()
+    assert warning == "warning: wandb: no answer: logging offline"
+    assert line == "wandb: logging offline; send it with: wandb sync runs/abc"
+    assert fake.init.call_args.kwargs["id"] is None
 
 
 def test_resumed_training_goes_on_with_its_run(run_train, fake, monkeypatch):
@@ -74,6 +93,9 @@ def test_failing_wandb_is_one_warning(run_train, fake, tmp_path, monkeypatch, ca
     status, _, err = run_train("--wandb", "--epochs", 2)
     assert status == 0
     assert CNN.load(tmp_path / "model.pt").card.metrics["test"]["accuracy"] >= 0
-    (line,) = [line for line in err.splitlines() if "warning: " in line or line == "luck"]
+    lines = [line for line in err.splitlines() if "warning: " in line or line == "luck"]
+    if call == "init":  # first online, then offline
+        assert lines.pop(0) == "warning: wandb: no: logging offline"
+    (line,) = lines
     assert line.startswith("warning: wandb: ")
     assert line.endswith(": training goes on without its log")
