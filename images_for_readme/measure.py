@@ -26,14 +26,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 MERGED = str.maketrans("OIL", "011")  # what nobody can tell apart alone
 SCORES = ("accuracy", "alike", "alphabet")
-CLASSIFY = "import inference, json, sys\nfor argv in json.load(sys.stdin): inference.main(argv)"
+CLASSIFY = """import inference, json, sys
+for arguments in json.load(sys.stdin):
+    if inference.main(arguments) > 1:  # 1: some pictures have no answer
+        sys.exit("inference.py has failed")
+"""
 
 
 def classify(folders: Iterable[Path], *flags: str) -> list[list[dict]]:
-    """Run inference.py on each folder, all in one process; return the rows of each.
-
-    Raises FileNotFoundError where a run has written nothing; inference.py says on stderr why.
-    """
+    """Run inference.py on each folder, all in one process; return the rows of each."""
     with tempfile.TemporaryDirectory() as scratch:
         runs = []
         files = []

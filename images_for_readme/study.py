@@ -105,6 +105,14 @@ def find_config(record: dict) -> train.Config:
     return train.parse(flags)
 
 
+def list_settings(config: train.Config) -> dict[str, object]:
+    """Return all that makes a run what it is, defaults too, as they may change."""
+    settings = {name: value for name, value in config.bound.items() if value != "None"}
+    if config.extra is None:
+        del settings["extra_fraction"]
+    return settings
+
+
 def train_run(name: str, args: argparse.Namespace) -> None:
     """Train a run: with the flags of train.py, or without any as its record says."""
     if args.flags:
@@ -130,11 +138,10 @@ def train_run(name: str, args: argparse.Namespace) -> None:
         results = train.train(config)
     every = -(-len(results["history"]) // 50)  # a curve has 50 points at most
     history = results["history"][::every]
-    settings = {key: value for key, value in config.bound.items() if value not in ("None", "()")}
     content = {
         "kind": "run",
         "what": args.what,
-        "settings": settings | {"one_in": one_in},
+        "settings": list_settings(config) | {"one_in": one_in},
         "seconds": time.monotonic() - start,
         "validation": results["validation"],
         "test": results["test"],
