@@ -487,9 +487,10 @@ def make_outliers(images: Tensor, labels: Tensor, count: int) -> Tensor:
     device = images.device
     shape_of = [next(i for i, group in enumerate(SHAPES) if c in group) for c in ALPHABET]
     shapes = torch.tensor(shape_of, device=device)[labels]  # (N,)
-    chosen = torch.multinomial((shapes > 0).float(), count, replacement=True)
+    some = 1e-9  # weight of what does not fit, for small batches in which nothing does
+    chosen = torch.multinomial((shapes > 0) + some, count, replacement=True)
     fitting = (shapes[chosen, None] != shapes) & (shapes > 0)  # (count, N)
-    others = torch.multinomial(fitting.float(), 1).squeeze(1)
+    others = torch.multinomial(fitting + some, 1).squeeze(1)
     one = images[chosen].tensor_split(5)
     other = images[others].tensor_split(5)
 
@@ -551,8 +552,8 @@ OUTLIER_WEIGHT = 0.5  # of their loss; Hendrycks et al. 2019, arXiv 1812.04606, 
 def learning_rate(step: int, steps: int, config: Config) -> float:
     """Return the learning rate of a step of `steps`: the warm-up stage, then the schedule.
 
-    cosine rises in a line to lr and falls along a half cosine to zero. constant is the original
-    project's: a tenth of lr during the warm-up stage, lr after it.
+    cosine rises in a line to lr and falls along a half cosine to zero. constant is that of the
+    original project, Hladkyi's: a tenth of lr during the warm-up stage, lr after it.
     """
     if config.schedule == "constant":
         return config.lr / 10 if step < config.warmup else config.lr

@@ -156,6 +156,12 @@ def test_two_characters_of_an_outlier_have_different_shapes_and_are_no_lines(bat
         assert not {one, other} & set("1IL")
 
 
+def test_a_batch_of_one_character_has_outliers_as_well(batch):
+    for character in "1A":
+        labels = torch.full((len(batch),), ALPHABET.index(character))
+        assert train.make_outliers(batch, labels, 5).shape == (5, 1, 28, 28)
+
+
 def test_a_zigzag_is_drawn_as_pillow_draws_it():
     points = torch.tensor([[[-0.6, -0.5], [0.5, -0.4], [-0.5, 0.45], [0.6, 0.5]]])
     ours = train.draw_strokes(points)[0, 0].numpy()
