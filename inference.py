@@ -31,6 +31,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path, PurePath
@@ -41,16 +42,9 @@ from pebble import ProcessExpired, ProcessPool
 from PIL import Image
 from tqdm import tqdm
 
-from picture import BLANK, SUFFIXES, prepare, read, to_grey
+from picture import BLANK, SUFFIXES, Reading, propose, read, read_first, to_grey
 
 PAGE = Path(__file__).with_name("report.html")
-CHUNK = 64  # pictures that a process is given at a time
-AHEAD = 8  # chunks under way for each process, so that none waits
-WORKER_BYTES = 3 * 2**30  # of address space; a picture just under Pillow's bomb limit takes a third
-BLOCK = 64  # images: a batch is filled up to whole blocks, as kernels differ by batch size
-SAMPLE = 1000  # pictures by which the share of digits is estimated, at most
-PRIOR = 3.6  # pictures that the share of digits in training weighs in the estimate
-LEAN = 0.2  # nats by which the less likely polarity of ink must be surer of its answer
 UNPRINTABLE = re.compile(  # backslash, control characters and bytes that are not UTF-8
     "[\\\\\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
@@ -61,7 +55,7 @@ class UsageError(Exception):
 
 
 class Result(NamedTuple):
-    """What becomes of a picture: at first its images, then the answer; or an error."""
+    """What is said of a picture: an answer, or an error."""
 
     path: str
     character: str = ""  # none where there is an error
@@ -69,8 +63,11 @@ class Result(NamedTuple):
     alternatives: tuple[tuple[str, float], ...] = ()  # the next likely; all, without an answer
     lookalike: str = ""  # the group, such as "1IL", that holds the two likeliest characters
     error: str = ""
-    images: tuple[bytes, ...] = ()  # SIZE * SIZE bytes each; two where ink may be dark or light
+    image: bytes = b""  # as the net saw it, SIZE * SIZE bytes
     thumbnail: str = ""  # data URI, where a report is asked for
+
+
+FIELDS = Result._fields[:6]  # of csv and json
 
 
 def list_pictures(inputs: Iterable[str]) -> tuple[list[str], list[OSError], int]:
@@ -80,7 +77,9 @@ def list_pictures(inputs: Iterable[str]) -> tuple[list[str], list[OSError], int]
     twice counts once. A folder's pictures come by name, then its folders, but for links to folders.
     What is hidden in a folder (.git, macOS's ._scan.png) is passed over and not counted.
     """
-    paths, errors, others = [], [], 0
+    paths = []
+    errors = []
+    passed_over = 0
     for name in dict.fromkeys(PurePath(name).as_posix() for name in inputs):
         if not os.path.isdir(name):
             paths.append(name)
@@ -88,18 +87,80 @@ def list_pictures(inputs: Iterable[str]) -> tuple[list[str], list[OSError], int]
         for folder, folders, files in os.walk(name, onerror=errors.append):
             folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
             files = [file for file in files if not file.startswith(".")]
-            found = sorted(file for file in files if file.lower().endswith(SUFFIXES))
-            paths += [os.path.join(folder, file).removeprefix("./") for file in found]
-            others += len(files) - len(found)
-    return paths, errors, others
+            pictures = sorted(file for file in files if file.lower().endswith(SUFFIXES))
+            paths += [os.path.join(folder, file).removeprefix("./") for file in pictures]
+            passed_over += len(files) - len(pictures)
+    return paths, errors, passed_over
 
 
-def start_pool(workers: int) -> ProcessPool:
-    """Start processes that read pictures, so that what a file does to its decoder ends with it."""
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the processes are enough
-    pool = ProcessPool(workers, initializer=confine, context=multiprocessing.get_context("spawn"))
-    pool.schedule(int)  # a first task starts them, while torch is imported
-    return pool
+# Reading, in worker processes
+
+CHUNK = 64  # pictures that a worker is given at a time
+CHUNKS_AHEAD = 8  # under way for each worker, so that none waits
+WORKER_BYTES = 3 * 2**30  # of address space; a picture just under Pillow's bomb limit takes a third
+THUMBNAIL_SIDE = 96  # px
+
+
+class Look(NamedTuple):
+    """The first reading of a picture."""
+
+    path: str
+    image: bytes = b""  # SIZE * SIZE of them, ink 255 on 0; none where there is an error
+    in_doubt: bool = False  # whether other readings should be asked for in any case
+    error: str = ""
+    thumbnail: str = ""
+
+
+def look_at(path: str, side: int, thumbnails: bool) -> Look:
+    """Take the first reading of a picture."""
+    look = Look(path)
+    try:
+        image, in_doubt = read_first(path, side)
+        look = look._replace(image=image.tobytes(), in_doubt=in_doubt)
+    except ValueError as error:
+        look = look._replace(error=str(error))
+    if thumbnails and look.error in ("", BLANK):
+        look = look._replace(thumbnail=make_thumbnail(path))
+    return look
+
+
+def look_again(path: str, side: int) -> list[Reading]:
+    """Take the other readings of a picture; an image comes once, where it has least penalty."""
+    readings: dict[bytes | None, Reading] = {}
+    with suppress(ValueError):  # such as too little memory to read it larger: the first has to do
+        for image, penalty in propose(path, side):
+            pixels = None if image is None else image.tobytes()
+            readings.setdefault(pixels, Reading(pixels, penalty))
+    return list(readings.values())
+
+
+def make_thumbnail(path: str) -> str:
+    """Return a picture as a data URI, small enough for a page of thousands."""
+    image = read(path)
+    if image.mode in ("I", "F"):
+        image = Image.fromarray(to_grey(image))
+    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    file = io.BytesIO()
+    image.save(file, "WEBP", quality=90)
+    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def do_all(task: Callable, paths: list[str], timeout: float) -> list:
+    """Call `task` with each path, each in `timeout` seconds (0: without limit): a worker's work."""
+    results = []
+    try:
+        for path in paths:
+            limit_time(timeout)
+            results.append(task(path))
+    finally:
+        limit_time(0)
+    return results
+
+
+def limit_time(seconds: float) -> None:
+    """Let SIGALRM end this process unless it is called again in time; 0: take the limit off."""
+    if hasattr(signal, "setitimer"):  # Windows has none: there the limit of the whole chunk counts
+        signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def confine() -> None:
@@ -112,44 +173,67 @@ def confine() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (WORKER_BYTES, hard))
 
 
-def limit_time(seconds: float) -> None:
-    """Let SIGALRM end this process unless it is called again in time; 0: take the limit off."""
-    if hasattr(signal, "setitimer"):  # Windows has none: there the limit of the whole chunk counts
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+def start_pool(workers: int) -> ProcessPool:
+    """Start worker processes, so that what a file does to its decoder ends with it."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the workers are enough
+    pool = ProcessPool(workers, initializer=confine, context=multiprocessing.get_context("spawn"))
+    pool.schedule(int)  # a first task starts them, while torch is imported
+    return pool
 
 
-def prepare_all(paths: list[str], side: int, thumbnails: bool, timeout: float) -> list[Result]:
-    """Read and fit pictures, each in `timeout` seconds: the work of a process."""
-    results = []
-    try:
-        for path in paths:
-            limit_time(timeout)
-            results.append(prepare_one(path, side, thumbnails))
-    finally:
-        limit_time(0)
-    return results
+class Readers:
+    """Has pictures read by the workers of a pool; a picture that breaks them is lost alone."""
 
+    def __init__(
+        self, pool: ProcessPool, workers: int, side: int, args: argparse.Namespace
+    ) -> None:
+        self.pool = pool
+        self.workers = workers
+        self.timeout = args.timeout  # seconds per picture
+        self.first_look = partial(look_at, side=side, thumbnails=bool(args.report))
+        self.second_look = partial(look_again, side=side)
 
-def prepare_one(path: str, side: int, thumbnails: bool) -> Result:
-    """Read and fit a picture."""
-    images, error, view = (), "", ""
-    try:
-        images = tuple(image.tobytes() for image in prepare(path, side))
-    except ValueError as problem:
-        error = str(problem)
-    if thumbnails and error in ("", BLANK):
-        view = thumbnail(path)
-    return Result(path, error=error, images=images, thumbnail=view)
+    def schedule(self, task: Callable, paths: list[str]) -> Future:
+        """Have a worker call `task` with each path; the future holds the list of results."""
+        each = 0 if len(paths) == 1 else self.timeout  # for one, the pool's own limit does
+        work = (task, paths, each)
+        return self.pool.schedule(do_all, work, timeout=self.timeout * len(paths))
 
+    def look(self, paths: list[str]) -> Iterator[Look]:
+        """Yield the first look at each path, in order."""
+        yield from self._look([paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)])
 
-def thumbnail(path: str) -> str:
-    """Return a picture as a data URI, small enough for a page of thousands."""
-    image, file = read(path), io.BytesIO()
-    if image.mode in ("I", "F"):
-        image = Image.fromarray(to_grey(image))
-    image.thumbnail((96, 96))
-    image.save(file, "WEBP", quality=90)
-    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
+    def _look(self, chunks: list[list[str]]) -> Iterator[Look]:
+        """Look at chunks of paths; those of a chunk that fails are tried again one by one."""
+        submit = partial(self.schedule, self.first_look)
+        for chunk, future in in_order(submit, chunks, CHUNKS_AHEAD * self.workers):
+            error = future.exception()
+            if not error:
+                yield from future.result()
+            elif len(chunk) > 1:
+                yield from self._look([[path] for path in chunk])
+            elif isinstance(error, TimeoutError):
+                yield Look(chunk[0], error=f"takes more than {self.timeout:g} s to decode")
+            elif isinstance(error, ProcessExpired):
+                yield Look(chunk[0], error=f"its decoder died (exit code {error.exitcode})")
+            else:
+                yield Look(chunk[0], error=f"can't be read: {error!r}")
+
+    def look_again(self, paths: list[str]) -> Future:
+        """Have the other readings of each path taken, for `readings_of`."""
+        if paths:
+            return self.schedule(self.second_look, paths)
+        nothing: Future = Future()
+        nothing.set_result([])
+        return nothing
+
+    def readings_of(self, paths: list[str], future: Future) -> list[list[Reading]]:
+        """Return what came of `look_again`, per path; where a worker fails, no other readings."""
+        if not future.exception():
+            return future.result()
+        if len(paths) == 1:
+            return [[]]
+        return [self.readings_of([path], self.look_again([path]))[0] for path in paths]
 
 
 def in_order(submit: Callable, items: Iterable, ahead: int) -> Iterator[tuple[Any, Future]]:
@@ -162,36 +246,66 @@ def in_order(submit: Callable, items: Iterable, ahead: int) -> Iterator[tuple[An
     yield from under_way
 
 
-def read_all(submit: Callable, chunks: list, ahead: int, timeout: float) -> Iterator[Result]:
-    """Yield the pictures of chunks of paths, in order.
+# The net, and how it adapts to the folder
 
-    Where the process of a chunk dies or takes too long, its pictures are tried again one by one, so
-    that only the guilty one is lost.
-    """
-    for chunk, future in in_order(submit, chunks, ahead):
-        error = future.exception()
-        if not error:
-            yield from future.result()
-        elif len(chunk) > 1:
-            yield from read_all(submit, [[path] for path in chunk], ahead, timeout)
-        elif isinstance(error, TimeoutError):
-            yield Result(chunk[0], error=f"takes more than {timeout:g} s to decode")
-        elif isinstance(error, ProcessExpired):
-            yield Result(chunk[0], error=f"its decoder died (exit code {error.exitcode})")
-        else:
-            yield Result(chunk[0], error=f"can't be read: {error!r}")
+BLOCK = 64  # images: a batch is filled up to whole blocks, as kernels differ by batch size
+TYPICALITY = 6.1  # nats that the median distance of validation weighs beside log probabilities
+DOUBTFUL = 0.88  # of the 95 % quantile of distances: beyond it other readings are asked for
+BLANK_SCORE = -14.0  # nats: where a reading is blank, an image must score more to be answered
+DIGIT_PRIOR_WEIGHT = 3.6  # pictures that the digit prior in training counts for in the estimate
+MEAN_WEIGHT = 20.0  # pictures that the mean of a class in training counts for
+CLASS_PRIOR_WEIGHT = 20.0  # pictures that the prior of a class in training counts for
+ADAPTING_ROUNDS = 3
 
 
-def batches(pictures: Iterator[Result], size: int) -> Iterator[list[Result]]:
-    """Gather pictures, `size` at a time."""
-    return iter(lambda: list(islice(pictures, size)), [])
+class Seen(NamedTuple):
+    """What the net sees in images; distances are squared, in medians of validation."""
+
+    log_p: np.ndarray  # (N, allowed), nats: how likely each allowed character is, among all
+    features: np.ndarray  # (N, D), whitened
+    distances: np.ndarray  # (N, allowed), to the class means in training
+    hand_distances: np.ndarray  # (N, allowed), to those of the folder's hands
+
+
+@dataclass
+class Candidate:
+    """A reading, and what the net says of it."""
+
+    image: bytes
+    log_p: np.ndarray  # (allowed,) nats, adapted to the folder
+    distance: float  # of the best class, in medians of validation
+    penalty: float = 0.0  # nats
+
+    @property
+    def score(self) -> float:
+        """Return how much the image looks like a character, in nats."""
+        return self.log_p.max() - TYPICALITY * self.distance - self.penalty
+
+
+@dataclass
+class Picture:
+    """A picture on its way to an answer."""
+
+    look: Look
+    chosen: Candidate | None  # None: no character is there
+    is_in_doubt: bool  # whether other readings are to be taken
+
+
+@dataclass
+class Adaptation:
+    """What a sample of the folder says of its hands, without labels."""
+
+    means: np.ndarray  # (allowed, D): of the classes, whitened
+    counts: np.ndarray  # (allowed,): how many pictures they rest on, MEAN_WEIGHT included
+    log_prior: np.ndarray  # (allowed,) nats: of a class, among digits or among letters
+    memberships: dict[str, np.ndarray]  # (allowed,) by path: how far a picture took part in each
 
 
 class Classifier:
     """A net made ready to answer, out of the characters of --alphabet."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        import torch  # late: the processes that read pictures do without
+        import torch  # late: the workers do without
 
         import CNN
 
@@ -202,88 +316,217 @@ class Classifier:
             self.characters = parse_alphabet(args.alphabet, net.card.alphabet)
         except ValueError as error:
             raise UsageError(error) from None
+        self.card = net.card
+        self.side = CNN.SIZE
         self.classes = [net.card.alphabet.index(character) for character in self.characters]
-        self.temperature, self.lookalikes, self.side = (
-            net.card.temperature,
-            net.card.lookalikes,
-            CNN.SIZE,
-        )
-        self.is_digit = np.array([character.isdigit() for character in net.card.alphabet])
-        self.digits, self.prior = (
-            net.card.digit_prior,
-            torch.zeros(len(net.card.alphabet), device=self.device),
-        )
-        self.mixed = len({*self.is_digit[self.classes]}) == 2  # digits and letters
-        self.topk, self.minimum = args.topk, args.min_confidence
+        self.allowed_digits = np.array([character.isdigit() for character in self.characters])
+        self.log_prior = torch.zeros(len(net.card.alphabet), device=self.device)  # added to logits
+        self.adaptation: Adaptation | None = None
+        self.topk = args.topk
+        self.least_confidence = args.min_confidence
         on_cpu = self.device.type == "cpu"
         self.dtype = CNN.mixed_precision(self.device) if on_cpu else torch.float32
         self.net = net.fused().to(self.dtype, memory_format=torch.channels_last)
         self.net.fc2.float()  # the full resolution for probabilities
-        self.net.fc2.register_forward_pre_hook(lambda layer, inputs: inputs[0].float())
+        self.statistics = net.card.statistics
+        self.means = np.zeros((len(self.classes), 0))
+        self.doubtful_distance = math.inf
+        if self.statistics is not None:
+            self.whitening = self.statistics.whitening.to(self.device)
+            self.means = self.statistics.means[self.classes].numpy()
+            self.doubtful_distance = DOUBTFUL * self.statistics.quantile95 / self.statistics.median
 
-    def log_probabilities(self, images: list[bytes]) -> np.ndarray:
-        """Return how likely each allowed character is, among all: (N, allowed), nats."""
+    def see(self, images: list[bytes]) -> Seen:
+        """Show images to the net, of SIZE * SIZE bytes each, ink 255 on 0."""
         import torch
 
-        padding = bytes(-len(images) % BLOCK * self.side**2)
-        pixels = np.frombuffer(bytearray().join([*images, padding]), np.uint8)
+        import CNN
+
+        missing = -len(images) % BLOCK  # to fill up the last block
+        pixels = bytearray().join([*images, bytes(missing * self.side**2)])
         with torch.inference_mode():
-            batch = torch.from_numpy(pixels).view(-1, 1, self.side, self.side)
-            logits = self.net(batch.to(self.device, self.dtype) / 255)[: len(images)]
-            scaled = logits / self.temperature + self.prior
-            return scaled.log_softmax(1)[:, self.classes].cpu().numpy()
+            batch = torch.from_numpy(np.frombuffer(pixels, np.uint8))
+            batch = batch.view(-1, 1, self.side, self.side).to(self.device, self.dtype) / 255
+            features = self.net.features(batch).float()  # (N + missing, D)
+            logits = self.net.fc2(features) / self.card.temperature + self.log_prior
+            log_p = logits.log_softmax(1)[:, self.classes].cpu().numpy()
+            if self.statistics is not None:
+                features = CNN.whiten(features, self.whitening)
+            features = features.cpu().numpy()
+        distances = self.measure(features, self.means)
+        hand_distances = distances
+        if self.adaptation is not None:
+            hand_distances = self.measure(features, self.adaptation.means)
+        return Seen(*(part[: len(images)] for part in (log_p, features, distances, hand_distances)))
 
-    def weigh_digits(self, pictures: list[Result]) -> np.ndarray:
-        """Return how likely each picture that could be read is a digit, (N,)."""
-        p = np.exp(self.log_probabilities([one.images[0] for one in pictures if one.images]))
-        return p[:, self.is_digit[self.classes]].sum(1) / p.sum(1)
+    def measure(self, features: np.ndarray, means: np.ndarray) -> np.ndarray:
+        """Return the squared distances (N, allowed) to means, in medians of validation."""
+        if self.statistics is None:
+            return np.zeros((len(features), len(means)))
+        squares = (features**2).sum(1)[:, None] - 2 * features @ means.T + (means**2).sum(1)
+        return squares / self.statistics.median
 
-    def expect_digits(self, share: float) -> None:
-        """Take `share` for that of digits among the pictures, in place of the one in training."""
-        change = np.where(self.is_digit, share / self.digits, (1 - share) / (1 - self.digits))
-        self.prior += self.prior.new_tensor(np.log(change.clip(1e-9)))
+    def adapt(self, looks: list[Look], digits: float | None) -> float | None:
+        """Adapt to the folder by a sample of it; return the fraction of digits, if estimated.
 
-    def answer(self, pictures: list[Result]) -> list[Result]:
-        """Classify pictures; of one with two images, the image that says more."""
-        images = [image for picture in pictures for image in picture.images]
-        log_p = self.log_probabilities(images)
-        best = log_p.max(1, keepdims=True)
-        p = np.exp(log_p - best)  # of the allowed characters alone, when divided by its sum
-        order = np.argsort(-p, axis=1, kind="stable")[:, : max(2, self.topk)]
-        p = np.take_along_axis(p / p.sum(1, keepdims=True), order, 1)
-        rows = zip(images, best[:, 0].tolist(), order.tolist(), p.tolist(), strict=True)
-        results = []
-        for picture in pictures:
-            if seen := list(islice(rows, len(picture.images))):
-                first, last = seen[0], seen[-1]
-                image, _, indices, values = last if last[1] > first[1] + LEAN else first
-                ranked = tuple(zip([self.characters[i] for i in indices], values, strict=True))
-                picture = self.decide(picture._replace(images=(image,)), ranked)
-            results.append(picture)
-        return results
+        digits: their fraction, where it is told. It is estimated otherwise, if both digits and
+        letters are allowed.
+        """
+        looks = [look for look in looks if look.image]
+        images = [look.image for look in looks]
+        estimate = None
+        if looks and digits is None and len({*self.allowed_digits}) == 2:
+            p = np.exp(self.see(images).log_p)
+            p_digit = p[:, self.allowed_digits].sum(1) / p.sum(1)
+            estimate = estimate_digits(p_digit, self.card.digit_prior)
+            digits = estimate
+        if digits is not None:
+            self.expect_digits(digits)
+        if looks and self.statistics is not None:
+            self.adapt_to_hands([look.path for look in looks], self.see(images))
+        return estimate
 
-    def decide(self, picture: Result, ranked: tuple[tuple[str, float], ...]) -> Result:
+    def expect_digits(self, digits: float) -> None:
+        """Take `digits` for their fraction among the pictures, in place of that in training."""
+        usual = self.card.digit_prior
+        is_digit = np.array([character.isdigit() for character in self.card.alphabet])
+        change = np.where(is_digit, digits / usual, (1 - digits) / (1 - usual))
+        self.log_prior += self.log_prior.new_tensor(np.log(change.clip(1e-9)))
+
+    def adapt_to_hands(self, paths: list[str], seen: Seen) -> None:
+        """Move the means of the classes towards the sample's, by expectation maximisation.
+
+        A mean moves as far as the pictures taken for its class carry it. Only typical ones do.
+        """
+        answers = seen.log_p.argmax(1)[:, None]
+        limit = self.statistics.quantile95 / self.statistics.median
+        takes_part = np.take_along_axis(seen.distances, answers, 1) <= limit  # (N, 1)
+        log_p = seen.log_p
+        for _ in range(ADAPTING_ROUNDS):
+            memberships = np.exp(normalise(log_p)) * takes_part
+            counts = memberships.sum(0)
+            totals = memberships.T @ seen.features + MEAN_WEIGHT * self.means
+            means = totals / (counts + MEAN_WEIGHT)[:, None]
+            prior = counts + CLASS_PRIOR_WEIGHT
+            for group in (self.allowed_digits, ~self.allowed_digits):
+                prior[group] /= prior[group].mean() if group.any() else 1
+            by_path = dict(zip(paths, memberships, strict=True))
+            self.adaptation = Adaptation(means, counts + MEAN_WEIGHT, np.log(prior), by_path)
+            seen = seen._replace(hand_distances=self.measure(seen.features, means))
+            log_p = self.adapted(seen, memberships)
+
+    def adapted(self, seen: Seen, memberships: np.ndarray) -> np.ndarray:
+        """Return log probabilities (N, allowed) adapted to the hands of the folder.
+
+        memberships: (N, allowed), how far an image took part in each mean. Without its part in it,
+        a mean of n pictures would be farther away by n / (n - membership).
+        """
+        if self.adaptation is None:
+            return seen.log_p
+        counts = self.adaptation.counts
+        farther = (counts / (counts - memberships)) ** 2
+        nearer = seen.distances - seen.hand_distances * farther
+        return seen.log_p + self.adaptation.log_prior + TYPICALITY * nearer
+
+    def judge(self, images: list[bytes], paths: Iterable[str] = ()) -> list[Candidate]:
+        """Return what the net says of images.
+
+        paths: theirs, where they are first readings and may have taken part in the adaptation.
+        """
+        if not images:
+            return []
+        seen = self.see(images)
+        memberships = np.zeros_like(seen.log_p)
+        if self.adaptation is not None:
+            for i, path in enumerate(paths):
+                memberships[i] = self.adaptation.memberships.get(path, 0)
+        log_p = self.adapted(seen, memberships)
+        distances = np.take_along_axis(seen.distances, log_p.argmax(1)[:, None], 1)[:, 0]
+        return [Candidate(*one) for one in zip(images, log_p, distances.tolist(), strict=True)]
+
+    def judge_first(self, looks: list[Look]) -> list[Picture]:
+        """Return pictures judged by their first readings, and whether these are in doubt."""
+        readable = [look for look in looks if look.image]
+        candidates = deque(
+            self.judge([look.image for look in readable], [look.path for look in readable])
+        )
+        pictures = []
+        for look in looks:
+            first = candidates.popleft() if look.image else None
+            if first is None:
+                is_in_doubt = look.error == BLANK
+            else:
+                is_in_doubt = look.in_doubt or first.distance > self.doubtful_distance
+            pictures.append(Picture(look, first, is_in_doubt and self.statistics is not None))
+        return pictures
+
+    def choose(self, pictures: list[Picture], readings: list[list[Reading]]) -> None:
+        """Choose among the first and the other readings of each picture.
+
+        If some are blank, an image has to score BLANK_SCORE; if all others are, the picture is.
+        """
+        images = [one.image for others in readings for one in others if one.image]
+        judged = deque(self.judge(images))
+        for picture, others in zip(pictures, readings, strict=True):
+            candidates = [picture.chosen] if picture.chosen else []
+            for one in others:
+                if one.image:
+                    candidate = judged.popleft()
+                    candidate.penalty = one.penalty
+                    candidates.append(candidate)
+            if not others or not candidates:
+                continue
+            picture.chosen = max(candidates, key=lambda candidate: candidate.score)
+            blank = [one for one in others if not one.image]
+            if len(blank) == len(others) or (blank and picture.chosen.score < BLANK_SCORE):
+                picture.chosen = None
+
+    def answer(self, picture: Picture) -> Result:
         """Answer with the likeliest character, unless it is too doubtful."""
-        (best, confidence), others = ranked[0], ranked[1 : self.topk]
-        pair, error = {character for character, _ in ranked[:2]}, ""
-        group = next((g for g in self.lookalikes if len(pair) > 1 and pair <= set(g)), "")
-        if confidence < self.minimum:
-            error = f"no answer: {confidence:.4f} is below --min-confidence {self.minimum:g}"
-            best, others = "", ranked[: self.topk]
-        return Result(picture.path, best, confidence, others, group, error, *picture[6:])
+        look = picture.look
+        if picture.chosen is None:
+            error = look.error or BLANK
+            return Result(look.path, error=error, image=look.image, thumbnail=look.thumbnail)
+        p = np.exp(normalise(picture.chosen.log_p[None]))[0]
+        order = np.argsort(-p, kind="stable")[: max(2, self.topk)].tolist()
+        ranked = tuple((self.characters[i], float(p[i])) for i in order)
+        best, confidence = ranked[0]
+        pair = {character for character, _ in ranked[:2]}
+        groups = (group for group in self.card.lookalikes if len(pair) > 1 and pair <= set(group))
+        result = Result(
+            look.path,
+            best,
+            confidence,
+            alternatives=ranked[1 : self.topk],
+            lookalike=next(groups, ""),
+            image=picture.chosen.image,
+            thumbnail=look.thumbnail,
+        )
+        if confidence >= self.least_confidence:
+            return result
+        error = f"no answer: {confidence:.4f} is below --min-confidence {self.least_confidence:g}"
+        return result._replace(character="", alternatives=ranked[: self.topk], error=error)
 
 
-def share_of_digits(digit: np.ndarray, usual: float) -> float:
-    """Return the share of digits among pictures, by expectation maximisation.
+def normalise(log_p: np.ndarray) -> np.ndarray:
+    """Return log probabilities (N, C) that sum up to a probability of 1 in each row."""
+    best = log_p.max(1, keepdims=True)
+    return log_p - best - np.log(np.exp(log_p - best).sum(1, keepdims=True))
 
-    digit: (N,) how likely each is a digit where `usual` is their share, as it was in training.
+
+def estimate_digits(p_digit: np.ndarray, usual: float) -> float:
+    """Return the fraction of digits among pictures, by expectation maximisation.
+
+    p_digit: (N,) how likely each is a digit where `usual` is their fraction, as it was in training.
     Source: Saerens, Latinne and Decaestecker 2002, Neural Computation 14; two groups, not 36.
     """
-    share = usual
+    fraction = usual
     for _ in range(200):
-        yes, no = digit * share / usual, (1 - digit) * (1 - share) / (1 - usual)
-        share = ((yes / (yes + no)).sum() + PRIOR * usual) / (len(digit) + PRIOR)
-    return float(share)
+        digit = p_digit * fraction / usual
+        letter = (1 - p_digit) * (1 - fraction) / (1 - usual)
+        counted = (digit / (digit + letter)).sum() + DIGIT_PRIOR_WEIGHT * usual
+        fraction = counted / (len(p_digit) + DIGIT_PRIOR_WEIGHT)
+    return float(fraction)
 
 
 def parse_alphabet(text: str, known: str) -> str:
@@ -292,11 +535,17 @@ def parse_alphabet(text: str, known: str) -> str:
     text: characters and ranges such as A-F, in any mixture. Raises ValueError for any not known.
     """
     parts = [match[0].upper() for match in re.finditer(".-.|.", text, re.DOTALL)]
-    allowed = {c for part in parts for c in known if part[0] <= c <= part[-1]}
-    if not parts or not {end for part in parts for end in (part[0], part[-1])} <= allowed:
+    allowed = set()
+    for part in parts:
+        allowed |= {character for character in known if part[0] <= character <= part[-1]}
+    ends = {end for part in parts for end in (part[0], part[-1])}
+    if not parts or not ends <= allowed:
         expected = f"characters of {known}, or ranges such as A-F"
         raise ValueError(f"--alphabet {text!r}: expected {expected}")
     return "".join(character for character in known if character in allowed)
+
+
+# Writing the results
 
 
 def escaped(text: str) -> str:
@@ -305,7 +554,7 @@ def escaped(text: str) -> str:
 
 
 def ascii_line(result: Result) -> str:
-    """Write as the origin did: ASCII code and path; `---` for an answer that is too doubtful."""
+    """Write as the original project did: ASCII code and path; `---` for what is too doubtful."""
     code = f"{ord(result.character):03d}" if result.character else "---"
     return f"{code}, {escaped(result.path)}\n" if result.confidence else ""
 
@@ -314,14 +563,15 @@ def csv_line(result: Result) -> str:
     """Write as a row of RFC 4180, with the bytes of the path as they are."""
     confidence = f"{result.confidence:.4f}" if result.confidence else ""
     alternatives = " ".join(f"{character}:{p:.4f}" for character, p in result.alternatives)
+    shown = result._replace(confidence=confidence, alternatives=alternatives)
     row = io.StringIO()
-    csv.writer(row).writerow(result._replace(confidence=confidence, alternatives=alternatives)[:6])
+    csv.writer(row).writerow(shown[: len(FIELDS)])
     return row.getvalue().removesuffix("\r\n") + "\n"
 
 
 def json_line(result: Result) -> str:
     r"""Write as a JSON object; bytes of the path that are not UTF-8 as \udc80 to \udcff."""
-    content = {field: getattr(result, field) or None for field in FIELDS}
+    content = {name: getattr(result, name) or None for name in FIELDS}
     content["confidence"] = round(result.confidence, 4) or None
     content["alternatives"] = {character: round(p, 4) for character, p in result.alternatives}
     return json.dumps(content) + "\n"
@@ -329,30 +579,29 @@ def json_line(result: Result) -> str:
 
 def report_row(result: Result) -> str:
     """Write as an object of the list in report.html; it can't end the script that it stands in."""
-    row = {field: getattr(result, field) for field in FIELDS}
+    row = {name: getattr(result, name) for name in FIELDS}
     row["shown"] = escaped(result.path)
-    row["truth"] = truth(result.path)
-    row["image"] = base64.b64encode(b"".join(result.images[:1])).decode()
+    row["truth"] = find_truth(result.path)
+    row["image"] = base64.b64encode(result.image).decode()
     row["thumbnail"] = result.thumbnail
     return json.dumps(row).replace("<", "\\u003c") + ",\n"
 
 
-def truth(path: str) -> str:
+def find_truth(path: str) -> str:
     """Return the character by which a picture's folder is named, as for train.py --extra, or ""."""
     folder = os.path.basename(os.path.dirname(os.path.abspath(path)))
     return folder.upper() if re.fullmatch("[0-9A-Za-z]", folder) else ""
 
 
-FIELDS = Result._fields[:6]
 LINES = {"ascii": ascii_line, "csv": csv_line, "json": json_line}
 
 
 @contextmanager
-def written(file: Path | None, head: str, foot: str = "") -> Iterator[TextIO]:
+def writing(file: Path | None, head: str, foot: str = "") -> Iterator[TextIO]:
     """Give a stream to what becomes FILE when all went well, FILE.partial; without FILE, stdout."""
     where = f"{os.path.realpath(file)}.partial" if file else 1
-    form = {"encoding": "utf-8", "errors": "surrogateescape", "newline": "", "closefd": bool(file)}
-    with open(where, "w", **form) as stream:
+    how = {"encoding": "utf-8", "errors": "surrogateescape", "newline": "", "closefd": bool(file)}
+    with open(where, "w", **how) as stream:
         stream.write(head)
         yield stream
         stream.write(foot)
@@ -360,73 +609,85 @@ def written(file: Path | None, head: str, foot: str = "") -> Iterator[TextIO]:
         os.replace(where, os.path.realpath(file))  # of a link, what it points to
 
 
+def kind_of(result: Result) -> str:
+    """Return the word by which a result is counted."""
+    if result.character:
+        return "answered"
+    if result.confidence:
+        return "doubtful"
+    return "blank" if result.error == BLANK else "unreadable"
+
+
 def write(results: Iterable[list[Result]], args: argparse.Namespace, total: int) -> Counter[str]:
     """Write results as they come, with --format ascii errors to stderr; count their kinds."""
     counts: Counter[str] = Counter()
     with ExitStack() as stack:
         head = ",".join(FIELDS) + "\n" if args.format == "csv" and args.rank == 0 else ""
-        writers = [(stack.enter_context(written(args.output, head)), LINES[args.format])]
+        writers = [(stack.enter_context(writing(args.output, head)), LINES[args.format])]
         if args.report:
             top, end, rest = PAGE.read_text("utf-8").partition("null]")
-            page = stack.enter_context(written(args.report, top, end + rest))
+            page = stack.enter_context(writing(args.report, top, end + rest))
             writers.append((page, report_row))
-        form = {"unit": " pictures", "leave": False, "dynamic_ncols": True, "disable": None}
-        bar = stack.enter_context(tqdm(total=total, **form))
+        bar = tqdm(total=total, unit=" pictures", leave=False, dynamic_ncols=True, disable=None)
+        stack.enter_context(bar)
         for answered in results:
             for stream, line in writers:
                 stream.write("".join(map(line, answered)))
                 stream.flush()
             for result in answered:
-                lost = "blank" if result.error == BLANK else "unreadable"
-                doubtful = "doubtful" if result.confidence else lost
-                counts["answered" if result.character else doubtful] += 1
+                counts[kind_of(result)] += 1
                 if args.format == "ascii" and not result.confidence:
                     tqdm.write(f"{escaped(result.path)}: {result.error}", file=sys.stderr)
             bar.update(len(answered))
     return counts
 
 
-def parse_digits(text: str) -> str | float:
-    """Read --digits. Raises ValueError."""
-    share = text if text in ("auto", "none") else float(text)
-    if isinstance(share, float) and not 0 <= share <= 1:
-        raise ValueError
-    return share
+# The command
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line; exits with 2 and a message where it is wrong."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    share = max(1, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    digits = "share of digits, 0 to 1; auto: estimated from all pictures, on which an answer then "
-    digits += "depends; none: as in training, each judged alone [%(default)s]"
+    cores = max(1, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    no_adapt = (
+        "judge each picture alone, by the digits and hands of training; by default an answer "
+    )
+    no_adapt += "depends on the pictures beside it, up to 1000 of which tell how many are digits "
+    no_adapt += "and how their hands write"
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    add, model = parser.add_argument, Path(__file__).with_name("model.pt")
+    add = parser.add_argument
+    model = Path(__file__).with_name("model.pt")
     add("--input", nargs="+", required=True, metavar="PATH", help="folders, pictures, or both")
     add("--model", type=Path, default=model, metavar="FILE", help="weights [model.pt beside this]")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... [cuda where there is one, or cpu]")
     add("--alphabet", default="0-9A-Z", metavar="CHARS", help="what can be answered [%(default)s]")
-    add("--digits", type=parse_digits, default="auto", metavar="SHARE", help=digits)
+    add("--digits", type=float, metavar="P", help="fraction of digits, 0 to 1 [estimated]")
+    add("--no-adapt", action="store_true", help=no_adapt)
     add("--min-confidence", type=float, default=0, metavar="P", help="below: no answer")
     add("--topk", type=int, default=3, metavar="K", help="characters in csv, json [%(default)s]")
     add("--format", choices=LINES, default="ascii", help="of the results [%(default)s]")
     add("--output", type=Path, metavar="FILE", help="where results go instead of stdout")
     add("--report", type=Path, metavar="FILE", help="a page for going through the pictures by eye")
     add("--batch-size", type=int, default=64, metavar="N", help="of the net [%(default)s]")
-    add("--workers", type=int, default=share, metavar="N", help="to read [one per core]")
+    add("--workers", type=int, default=cores, metavar="N", help="to read [one per core]")
     add("--timeout", type=float, default=30, metavar="S", help="per picture [%(default)s s]")
     args = parser.parse_args(arguments)
     if not 0 <= args.min_confidence <= 1:
         parser.error("--min-confidence: expected 0 to 1")
+    if args.digits is not None and not 0 <= args.digits <= 1:
+        parser.error("--digits: expected 0 to 1")
     if not (min(args.topk, args.batch_size, args.workers) > 0 and 0 < args.timeout < math.inf):
         parser.error("--topk, --batch-size, --workers, --timeout: expected more than 0")
-    args.rank, args.ranks = 0, 1
+    args.rank = 0
+    args.world_size = 1
     if "TORCHELASTIC_RUN_ID" in os.environ:  # schedulers set RANK for their own ends
-        args.rank, args.ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        args.rank = int(os.environ["RANK"])
+        args.world_size = int(os.environ["WORLD_SIZE"])
         if not args.output:
             parser.error("under torchrun each process writes a file: name it with --output")
         for name in ("output", "report"):
-            if file := getattr(args, name):
+            file = getattr(args, name)
+            if file:
                 setattr(args, name, file.with_name(f"{file.stem}.{args.rank}{file.suffix}"))
     return args
 
@@ -447,55 +708,82 @@ def check_files(args: argparse.Namespace) -> None:
         taken |= {whole} - {""}
 
 
+SAMPLE = 1000  # pictures by which the net adapts to the folder, at most
+
+
+def classify(
+    looks: Iterator[Look], readers: Readers, classifier: Classifier, batch_size: int
+) -> Iterator[list[Result]]:
+    """Yield the results of first looks, in order and in batches.
+
+    A batch is judged by its first readings, workers take other readings of what is in doubt, and
+    the net chooses: three stages, side by side.
+    """
+
+    def look_again(pictures: list[Picture]) -> Future:
+        return readers.look_again([one.look.path for one in pictures if one.is_in_doubt])
+
+    def choose(asked: tuple[list[Picture], Future]) -> list[Result]:
+        pictures, future = asked
+        doubtful = [picture for picture in pictures if picture.is_in_doubt]
+        paths = [picture.look.path for picture in doubtful]
+        classifier.choose(doubtful, readers.readings_of(paths, future))
+        return [classifier.answer(picture) for picture in pictures]
+
+    ahead = 2 * readers.workers
+    batches = iter(lambda: list(islice(looks, batch_size)), [])
+    with ThreadPoolExecutor(readers.workers) as threads:
+        judged = in_order(partial(threads.submit, classifier.judge_first), batches, ahead)
+        asked = in_order(look_again, (future.result() for _, future in judged), ahead)
+        chosen = in_order(partial(threads.submit, choose), asked, ahead)
+        yield from (future.result() for _, future in chosen)
+
+
 def run(args: argparse.Namespace) -> int:
     """Classify everything in args.input; return the exit code, 0 or 1. Raises UsageError."""
     check_files(args)
     paths, errors, passed_over = list_pictures(args.input)
-    own, errors = range(args.rank, len(paths), args.ranks), errors[args.rank :: args.ranks]
-    failed = [Result(e.filename, error=f"folder can't be listed: {e.strerror}") for e in errors]
-    workers = max(1, min(args.workers, -(-len(own) // CHUNK)))
-    pool = start_pool(workers)
-    try:
+    our_paths = paths[args.rank :: args.world_size]
+    unlisted = [
+        Result(error.filename, error=f"folder can't be listed: {error.strerror}")
+        for error in errors[args.rank :: args.world_size]
+    ]
+    with ExitStack() as stack:
+        workers = max(1, min(args.workers, math.ceil(len(our_paths) / CHUNK)))
+        pool = start_pool(workers)
+        stack.callback(pool.join)
+        stack.callback(pool.stop)  # called first
         classifier = Classifier(args)
+        if classifier.statistics is None and args.rank == 0:
+            note = "no class statistics in it: first readings are taken, hands are not adapted to"
+            print(f"inference.py: {args.model}: {note}", file=sys.stderr)
         gc.freeze()  # nothing of torch is looked through again, which saves 0.4 s at the end
         started = time.monotonic()
 
-        def submit(chunk: list[str]) -> Future:
-            alone = len(chunk) == 1  # then the pool's limit is the picture's
-            each = 0 if alone else args.timeout
-            work = (chunk, classifier.side, bool(args.report), each)
-            return pool.schedule(prepare_all, work, timeout=args.timeout * len(chunk))
+        readers = Readers(pool, workers, classifier.side, args)
+        step = max(1, math.ceil(len(paths) / SAMPLE))
+        sample = {} if args.no_adapt else {look.path: look for look in readers.look(paths[::step])}
+        digits = classifier.adapt(list(sample.values()), args.digits)
 
-        def read_those(numbers: list[int]) -> Iterator[Result]:
-            chunks = [numbers[i : i + CHUNK] for i in range(0, len(numbers), CHUNK)]
-            named = [[paths[number] for number in chunk] for chunk in chunks]
-            return read_all(submit, named, AHEAD * workers, args.timeout)
+        others = readers.look([path for path in our_paths if path not in sample])
+        looks = (sample.pop(path) if path in sample else next(others) for path in our_paths)
+        answers = classify(looks, readers, classifier, args.batch_size)
+        counts = write(chain([unlisted], answers), args, len(our_paths) + len(unlisted))
+        seconds = time.monotonic() - started
+    summarise(counts, passed_over, digits, seconds)
+    is_complete = counts.total() == counts["answered"] and paths
+    return 0 if is_complete or args.world_size > 1 else 1
 
-        step = -(-len(paths) // SAMPLE) or 1
-        sample = range(0, len(paths), step) if args.digits == "auto" and classifier.mixed else ()
-        kept, share = dict(zip(sample, read_those(sample), strict=True)), args.digits
-        with ThreadPoolExecutor(workers) as executor:  # passes of the net, side by side
-            if kept:
-                parts = executor.map(classifier.weigh_digits, batches(iter(kept.values()), BLOCK))
-                share = share_of_digits(np.concatenate(list(parts)), classifier.digits)
-            if isinstance(share, float):
-                classifier.expect_digits(share)
-            others = read_those([number for number in own if number not in kept])
-            pictures = (kept.pop(number) if number in kept else next(others) for number in own)
-            answer = partial(executor.submit, classifier.answer)
-            passes = in_order(answer, batches(pictures, args.batch_size), 2 * workers)
-            results = chain([failed], (answered.result() for _, answered in passes))
-            counts = write(results, args, len(own) + len(failed))
-    finally:
-        pool.stop()
-        pool.join()
-    seconds, total = time.monotonic() - started, counts.total()
+
+def summarise(counts: Counter[str], passed_over: int, digits: float | None, seconds: float) -> None:
+    """Say on stderr what became of the pictures, and how fast."""
     kinds = [*sorted(counts.items()), ("other files passed over", passed_over)]
-    said = ", ".join(f"{count:,} {kind}" for kind, count in kinds if count) or "none found"
-    if sample:
-        said += f", about {100 * share:.0f} % digits"
-    print(f"{total:,} pictures: {said} ({total / seconds:,.0f} pictures/s)", file=sys.stderr)
-    return int((total > counts["answered"] or not paths) and args.ranks == 1)
+    words = [f"{count:,} {kind}" for kind, count in kinds if count] or ["none found"]
+    if digits is not None:
+        words.append(f"about {100 * digits:.0f} % digits")
+    total = counts.total()
+    rate = f"{total / seconds:,.0f} pictures/s"
+    print(f"{total:,} pictures: {', '.join(words)} ({rate})", file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -512,21 +800,24 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt as stopped:
         number = stopped.args[0] if stopped.args else signal.SIGINT
-        message, code = f"stopped by {signal.Signals(number).name}", 128 + number
+        code = 128 + number
+        message = f"stopped by {signal.Signals(number).name}"
         if args.output:
             message += f"; what was answered is in {escaped(os.path.realpath(args.output))}.partial"
     except (OSError, UsageError) as error:  # such as a full disk
-        message, code = str(error).partition("\n")[0], 2
+        code = 2
+        message = str(error).partition("\n")[0]
     except RuntimeError as error:
         import torch
 
         if not isinstance(error, torch.OutOfMemoryError):
             raise
-        message, code = f"{str(error).partition('. ')[0]}: try a smaller --batch-size", 2
+        code = 2
+        message = f"{str(error).partition('. ')[0]}: try a smaller --batch-size"
     print(f"inference.py: {message}", file=sys.stderr)
     return code
 
 
 if __name__ == "__main__":
-    os.environ["PYTHONSAFEPATH"] = "1"  # our processes take no code from the folder we are run in
+    os.environ["PYTHONSAFEPATH"] = "1"  # our workers take no code from the folder we are run in
     sys.exit(main())
