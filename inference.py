@@ -391,7 +391,7 @@ class Classifier:
         usual = self.card.digit_prior
         is_digit = np.array([character.isdigit() for character in self.card.alphabet])
         change = np.where(is_digit, digits / usual, (1 - digits) / (1 - usual))
-        self.log_prior += self.log_prior.new_tensor(np.log(change.clip(1e-9)))
+        self.log_prior += self.log_prior.new_tensor(np.log(change.clip(1e-300)))
 
     def adapt_to_hands(self, paths: list[str], seen: Seen) -> None:
         """Move the means of the classes towards the sample's, by expectation maximisation.

@@ -39,22 +39,27 @@ def prepare(path: str, side: int) -> np.ndarray:
     return read_first(path, side)[0]
 
 
+def fit(grey: np.ndarray, side: int) -> np.ndarray:
+    """Fit the character in a grey picture to the form of EMNIST's: (side, side) uint8.
+
+    grey: (H, W) uint8, ink darker or lighter than the paper. Ink becomes 255 on 0, centred by its
+    bounding box. Raises ValueError(BLANK) if there is no ink.
+    """
+    return fit_first(grey, side)[0]
+
+
 def read_first(path: str, side: int) -> tuple[np.ndarray, bool]:
     """Return the first reading of a picture file, and whether `propose` should be asked as well.
 
-    The image is (side, side) uint8, ink 255 on 0. Raises ValueError as `prepare` does.
+    The image is as of `prepare`, which also says what is raised.
     """
     with explained(path):
         grey = to_grey(read(path))
-    return fit(grey, side)
+    return fit_first(grey, side)
 
 
-def fit(grey: np.ndarray, side: int) -> tuple[np.ndarray, bool]:
-    """Fit the character in a grey picture; say whether there is doubt what belongs to it.
-
-    grey: (H, W) uint8, ink darker or lighter than the paper. Returns (side, side) uint8, ink 255 on
-    0, centred by its bounding box. Raises ValueError(BLANK) if there is no ink.
-    """
+def fit_first(grey: np.ndarray, side: int) -> tuple[np.ndarray, bool]:
+    """Return the first reading of a grey picture, and whether there is doubt about it."""
     emnist_image = as_emnist(grey, side)
     if emnist_image is not None:
         return emnist_image, False

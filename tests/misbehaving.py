@@ -1,4 +1,4 @@
-"""Work for the processes of inference.py that does to them what the name of a picture says."""
+"""Work for the workers of inference.py that does to them what the name of a picture says."""
 
 import os
 import signal
@@ -7,16 +7,17 @@ import time
 
 import inference
 
-PREPARE = inference.prepare
+DO_ALL = inference.do_all
+READ_FIRST = inference.read_first
 
 
-def prepare_all(paths: list[str], *others: object) -> list[inference.Result]:
-    """Read pictures as inference.py does, with the misbehaving decoder."""
-    inference.prepare = prepare
-    return inference.prepare_all(paths, *others)
+def do_all(*arguments: object) -> list:
+    """Do a worker's work as inference.py does, with the misbehaving decoder."""
+    inference.read_first = read_first
+    return DO_ALL(*arguments)
 
 
-def prepare(path: str, side: int) -> object:
+def read_first(path: str, side: int) -> object:
     """Read a picture, or kill, leave, hang, slow or bloat the process."""
     match os.path.basename(path).partition(".")[0]:
         case "kill":
@@ -34,4 +35,4 @@ def prepare(path: str, side: int) -> object:
             raise KeyError("new\nline")
         case "torch" if "torch" in sys.modules:
             raise ValueError("torch is imported here")
-    return PREPARE(path, side)
+    return READ_FIRST(path, side)

@@ -137,7 +137,7 @@ def test_a_picture_that_kills_or_stalls_its_decoder_is_the_only_one_lost(
     errors_of, tmp_path, monkeypatch
 ):
     """And the processes that read pictures do without torch."""
-    monkeypatch.setattr(inference, "prepare_all", misbehaving.prepare_all)
+    monkeypatch.setattr(inference, "do_all", misbehaving.do_all)
     names = [f"sound{i:03d}.png" for i in range(150)] + ["torch.png"]
     bad = ("kill.png", "leave.png", "hang.png", "bloat.png", "odd.png")
     for i, name in enumerate(bad):  # spread over several chunks
@@ -158,7 +158,7 @@ def test_a_picture_that_kills_or_stalls_its_decoder_is_the_only_one_lost(
 
 
 def test_many_that_take_long_together_are_read_once_each(errors_of, tmp_path, monkeypatch):
-    monkeypatch.setattr(inference, "prepare_all", misbehaving.prepare_all)
+    monkeypatch.setattr(inference, "do_all", misbehaving.do_all)
     paths = [tmp_path / f"slow.{i}.png" for i in range(40)]  # of 0.1 s, in one chunk
     for path in paths:
         drawn().save(path)

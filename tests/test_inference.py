@@ -16,7 +16,6 @@ from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -64,7 +63,7 @@ def run(weights: Path, capfdbinary: pytest.CaptureFixture) -> Callable:
     def run_in_process(*arguments: object) -> tuple[int, bytes, str]:
         capfdbinary.readouterr()
         try:
-            alone = ["--model", str(weights), "--digits", "none"]  # see test_digits.py for others
+            alone = ["--model", str(weights), "--no-adapt"]  # see test_adapting.py for others
             code = inference.main([*alone, *map(str, arguments)])
         except SystemExit as end:  # argparse's
             code = end.code
@@ -130,8 +129,15 @@ def test_links_to_folders_are_passed_over(run, tmp_path):
 
 def test_memory_stays_flat_over_many_pictures(run, tmp_path, monkeypatch):
     def schedule(work: Callable, arguments: tuple, timeout: float) -> Future:
-        future, one = Future(), inference.Result("", error=inference.BLANK)
-        future.set_result([one._replace(path=p, thumbnail="x" * 10_000) for p in arguments[0]])
+        task, paths, _ = arguments
+        future = Future()
+        if task.func is inference.look_again:
+            future.set_result([[] for _ in paths])
+            return future
+        thumbnail = "x" * 10_000
+        future.set_result(
+            [inference.Look(path, error=inference.BLANK, thumbnail=thumbnail) for path in paths]
+        )
         return future
 
     pool = SimpleNamespace(schedule=schedule, stop=lambda: None, join=lambda: None)
@@ -156,33 +162,13 @@ def test_answers_are_those_of_the_net_alone(run, folder, weights):
     net, same = CNN.load(weights), 0
     answered = [entry for entry in entries(out) if entry["character"]]
     for entry in answered:
-        images = torch.from_numpy(prepare(entry["path"], CNN.SIZE)).unsqueeze(1) / 255
-        with torch.inference_mode():
-            p = (net(images) / net.card.temperature).softmax(1)
-        first, last = p[0], p[-1]
-        taken = last if last.max() > first.max() * np.exp(inference.LEAN) else first
-        same += CNN.ALPHABET[taken.argmax()] == entry["character"]
-        chances = [float(row[CNN.ALPHABET.index(entry["character"])]) for row in p]
-        assert min(abs(chance - entry["confidence"]) for chance in chances) < 0.06
+        image = torch.from_numpy(prepare(entry["path"], CNN.SIZE))
+        logits, _ = CNN.predict(net, image[None])
+        p = (logits / net.card.temperature).softmax(1)[0]
+        same += CNN.ALPHABET[p.argmax()] == entry["character"]
+        confidence = p[CNN.ALPHABET.index(entry["character"])].item()
+        assert abs(confidence - entry["confidence"]) < 0.06
     assert same >= 0.9 * len(answered)  # bfloat16 may turn what is nearly even
-
-
-def test_of_two_images_the_second_needs_to_be_surer_by_the_lean(weights, monkeypatch):
-    classifier = inference.Classifier(inference.parse(["--input", "x", "--model", str(weights)]))
-    first, second = bytes(CNN.SIZE**2), b"\1" * CNN.SIZE**2
-    pictures = [
-        inference.Result("two", images=(first, second)),
-        inference.Result("none", error=inference.BLANK),
-        inference.Result("one", images=(second,)),
-    ]
-    for gap in (inference.LEAN - 0.1, inference.LEAN + 0.1):
-        log_p = np.full((3, 36), -9.0)
-        log_p[0, 7], log_p[1, 20], log_p[2, 3] = -0.1 - gap, -0.1, -0.2
-        monkeypatch.setattr(classifier, "log_probabilities", lambda images, log_p=log_p: log_p)
-        two, none, one = classifier.answer(pictures)
-        taken = gap > inference.LEAN
-        assert (two.character, two.images) == (("K", (second,)) if taken else ("7", (first,)))
-        assert (none, one.character) == (pictures[1], "3")
 
 
 def test_the_same_answers_for_any_batch_size_and_number_of_workers(run, folder):
@@ -305,15 +291,15 @@ def test_under_torchrun_each_process_writes_its_share(run, folder, tmp_path, mon
 
 
 def test_every_flag_has_its_default_and_stands_in_help(run):
-    words = {"model": ROOT / "model.pt", "device": "auto", "alphabet": "0-9A-Z", "digits": "auto"}
+    words = {"model": ROOT / "model.pt", "device": "auto", "alphabet": "0-9A-Z", "digits": None}
     words |= {"min_confidence": 0, "topk": 3, "format": "ascii", "output": None, "report": None}
     words |= {"batch_size": 64, "workers": len(os.sched_getaffinity(0)), "timeout": 30}
     found = vars(inference.parse(["--input", "x"]))
-    assert found == {"input": ["x"], "rank": 0, "ranks": 1, **words}
+    assert found == {"input": ["x"], "rank": 0, "world_size": 1, "no_adapt": False, **words}
     code, out, _ = run("--help")
     assert code == 0
     assert set(re.findall(rb"--[a-z-]+", out)) - {b"--help"} == {
-        f"--{name.replace('_', '-')}".encode() for name in ("input", *words)
+        f"--{name.replace('_', '-')}".encode() for name in ("input", "no_adapt", *words)
     }
 
 

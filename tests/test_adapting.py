@@ -25,17 +25,17 @@ def likely_digits(count: int, digits: int, sure: float, seed: int = 0) -> np.nda
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 1.0])
 def test_the_share_of_a_large_folder_is_found(share):
-    found = inference.share_of_digits(likely_digits(5000, round(5000 * share), 4), USUAL)
+    found = inference.estimate_digits(likely_digits(5000, round(5000 * share), 4), USUAL)
     assert found == pytest.approx(share, abs=0.02)
 
 
 def test_few_pictures_change_little_and_twenty_tell():
-    assert inference.share_of_digits(np.array([]), USUAL) == pytest.approx(USUAL)
+    assert inference.estimate_digits(np.array([]), USUAL) == pytest.approx(USUAL)
     for count, most in ((1, 1.2), (3, 2.2)):  # nats, on every answer
-        share = inference.share_of_digits(np.full(count, 0.01), USUAL)  # sure letters
+        share = inference.estimate_digits(np.full(count, 0.01), USUAL)  # sure letters
         assert 0 < np.log(USUAL / (1 - USUAL)) - np.log(share / (1 - share)) < most
-    assert inference.share_of_digits(likely_digits(20, 0, 4), USUAL) < 0.25
-    assert inference.share_of_digits(likely_digits(20, 20, 4), USUAL) > 0.9
+    assert inference.estimate_digits(likely_digits(20, 0, 4), USUAL) < 0.25
+    assert inference.estimate_digits(likely_digits(20, 20, 4), USUAL) > 0.9
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_the_share_is_said_and_answers_follow_it(drawn, capfd):
     letters, share = answers(capfd, drawn / "letters")
     assert share < 12
     assert answers(capfd, drawn / "digits")[1] > 88
-    alone, share = answers(capfd, drawn / "letters", "--digits", "none")
+    alone, share = answers(capfd, drawn / "letters", "--no-adapt")
     assert share is None
     given, share = answers(capfd, drawn / "letters", "--digits", "0")
     assert share is None
@@ -75,7 +75,7 @@ def test_the_share_is_said_and_answers_follow_it(drawn, capfd):
 def test_a_known_kind_leaves_nothing_to_estimate(drawn, capfd):
     auto, share = answers(capfd, drawn / "letters", "--alphabet", "A-Z")
     assert share is None
-    assert auto == answers(capfd, drawn / "letters", "--alphabet", "A-Z", "--digits", "none")[0]
+    assert auto == answers(capfd, drawn / "letters", "--alphabet", "A-Z", "--no-adapt")[0]
 
 
 def test_sorted_and_shuffled_folders_come_out_the_same(drawn, capfd, tmp_path, monkeypatch):
