@@ -304,7 +304,7 @@ def add_extra(split: Split, labelled: list[tuple[str, int]]) -> Split:
     labels = []
     for path, label in labelled:
         try:
-            images.append(torch.from_numpy(picture.prepare(path, SIZE)[0]))
+            images.append(torch.from_numpy(picture.prepare(path, SIZE)))
             labels.append(label)
         except ValueError as error:
             say(f"--extra: left out: {path}: {error}")

@@ -83,7 +83,7 @@ def confusion(records: dict[str, dict]) -> None:
 
 def fit_sample(name: str) -> np.ndarray:
     """Return the first reading of a sample: (28, 28) uint8."""
-    return picture.prepare(str(SAMPLES / name), SIZE).reshape(-1, SIZE, SIZE)[0]
+    return picture.prepare(str(SAMPLES / name), SIZE)
 
 
 def show_image(axes: plt.Axes, image: np.ndarray) -> None:

@@ -91,7 +91,7 @@ def test_without_torch_the_probabilities_are_the_same(snippets, tmp_path, monkey
     assert (run.stdout, run.returncode) == ("Q\n", 0), run.stderr
 
     files = sorted((tmp_path / "tests" / "samples").iterdir())
-    images = np.stack([prepare(str(file), CNN.SIZE)[0] for file in files])
+    images = np.stack([prepare(str(file), CNN.SIZE) for file in files])
     net = CNN.load("model.pt")
     with torch.inference_mode():
         logits = net(torch.from_numpy(images).unsqueeze(1) / 255)
