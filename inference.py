@@ -253,8 +253,7 @@ TYPICALITY = 6.1  # nats that the median distance of validation weighs beside lo
 DOUBTFUL = 0.88  # of the 95 % quantile of distances: beyond it other readings are asked for
 BLANK_SCORE = -14.0  # nats: where a reading is blank, an image must score more to be answered
 DIGIT_PRIOR_WEIGHT = 3.6  # pictures that the digit prior in training counts for in the estimate
-MEAN_WEIGHT = 20.0  # pictures that the mean of a class in training counts for
-CLASS_PRIOR_WEIGHT = 20.0  # pictures that the prior of a class in training counts for
+TRAINING_WEIGHT = 20.0  # pictures that the mean and the prior of a class in training count for
 ADAPTING_ROUNDS = 3
 
 
@@ -296,7 +295,7 @@ class Adaptation:
     """What a sample of the folder says of its hands, without labels."""
 
     means: np.ndarray  # (allowed, D): of the classes, whitened
-    counts: np.ndarray  # (allowed,): how many pictures they rest on, MEAN_WEIGHT included
+    counts: np.ndarray  # (allowed,): how many pictures they rest on, training's included
     log_prior: np.ndarray  # (allowed,) nats: of a class, among digits or among letters
     memberships: dict[str, np.ndarray]  # (allowed,) by path: how far a picture took part in each
 
@@ -404,29 +403,30 @@ class Classifier:
         log_p = seen.log_p
         for _ in range(ADAPTING_ROUNDS):
             memberships = np.exp(normalise(log_p)) * takes_part
-            counts = memberships.sum(0)
-            totals = memberships.T @ seen.features + MEAN_WEIGHT * self.means
-            means = totals / (counts + MEAN_WEIGHT)[:, None]
-            prior = counts + CLASS_PRIOR_WEIGHT
+            counts = memberships.sum(0) + TRAINING_WEIGHT
+            totals = memberships.T @ seen.features + TRAINING_WEIGHT * self.means
+            means = totals / counts[:, None]
+            prior = counts.copy()
             for group in (self.allowed_digits, ~self.allowed_digits):
                 prior[group] /= prior[group].mean() if group.any() else 1
             by_path = dict(zip(paths, memberships, strict=True))
-            self.adaptation = Adaptation(means, counts + MEAN_WEIGHT, np.log(prior), by_path)
+            self.adaptation = Adaptation(means, counts, np.log(prior), by_path)
             seen = seen._replace(hand_distances=self.measure(seen.features, means))
             log_p = self.adapted(seen, memberships)
 
     def adapted(self, seen: Seen, memberships: np.ndarray) -> np.ndarray:
         """Return log probabilities (N, allowed) adapted to the hands of the folder.
 
-        memberships: (N, allowed), how far an image took part in each mean. Without its part in it,
-        a mean of n pictures would be farther away by n / (n - membership).
+        memberships: (N, allowed), how far an image took part in each class. It has no say in its
+        own answer: without its part, the mean of n pictures is farther away by n / (n - membership)
+        and the prior smaller by as much.
         """
         if self.adaptation is None:
             return seen.log_p
-        counts = self.adaptation.counts
-        farther = (counts / (counts - memberships)) ** 2
-        nearer = seen.distances - seen.hand_distances * farther
-        return seen.log_p + self.adaptation.log_prior + TYPICALITY * nearer
+        own_part = self.adaptation.counts / (self.adaptation.counts - memberships)
+        nearer = seen.distances - seen.hand_distances * own_part**2
+        log_prior = self.adaptation.log_prior - np.log(own_part)
+        return seen.log_p + log_prior + TYPICALITY * nearer
 
     def judge(self, images: list[bytes], paths: Iterable[str] = ()) -> list[Candidate]:
         """Return what the net says of images.

@@ -1,13 +1,16 @@
 """The share of digits that a folder's own pictures tell, and what it does to the answers."""
 
+import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import strokes
+import torch
 from PIL import Image
 
+import CNN
 import inference
 
 USUAL = 240_000 / 364_800  # in training
@@ -89,3 +92,91 @@ def test_sorted_and_shuffled_folders_come_out_the_same(drawn, capfd, tmp_path, m
     assert len(ordered) == len(mixed) == 72
     assert sum(mixed[name] == answer for name, answer in ordered.items()) >= 70
     assert abs(share - other) <= 12
+
+
+@pytest.fixture
+def classifier(tmp_path: Path) -> inference.Classifier:
+    """One of six features and all classes, with statistics of no merit."""
+    net = CNN.Net("run1")
+    path = tmp_path / "model.pt"
+    random = torch.Generator().manual_seed(3)
+    means = torch.rand(36, 6, generator=random)
+    CNN.save(net, path)
+    made = inference.Classifier(inference.parse(["--input", "x", "--model", str(path)]))
+    made.statistics = CNN.ClassStatistics(torch.eye(6), means, median=1.0, quantile95=100.0)
+    made.means = means.numpy()
+    return made
+
+
+def seen_by(classifier: inference.Classifier, count: int, likely: int | None = None):
+    """Return what a net might see in images, all taken for `likely` if that is given."""
+    random = np.random.default_rng(4)
+    log_p = random.normal(0, 2, (count, 36))
+    if likely is not None:
+        log_p[:, likely] += 20
+    features = random.random((count, 6))
+    distances = classifier.measure(features, classifier.means)
+    return inference.Seen(inference.normalise(log_p), features, distances, distances)
+
+
+def test_an_image_takes_no_part_in_the_mean_that_it_is_judged_by(classifier):
+    """By the other route: every mean counted again without the image."""
+    seen = seen_by(classifier, 8)
+    classifier.adapt_to_hands([str(i) for i in range(8)], seen)
+    adaptation = classifier.adaptation
+    memberships = np.stack([adaptation.memberships[str(i)] for i in range(8)])
+    hands = classifier.measure(seen.features, adaptation.means)
+    found = classifier.adapted(seen._replace(hand_distances=hands), memberships)
+    for i in range(8):
+        totals = adaptation.counts[:, None] * adaptation.means
+        without = totals - memberships[i][:, None] * seen.features[i]
+        without /= (adaptation.counts - memberships[i])[:, None]
+        distances = classifier.measure(seen.features[i : i + 1], without)
+        nearer = inference.TYPICALITY * (seen.distances[i] - distances[0])
+        rest = np.log(adaptation.counts - memberships[i]) - np.log(adaptation.counts)
+        expected = seen.log_p[i] + adaptation.log_prior + rest + nearer
+        np.testing.assert_allclose(found[i], expected, rtol=1e-6)
+
+
+def test_a_mean_moves_towards_its_pictures_and_no_other_does(classifier):
+    seen = seen_by(classifier, 200, likely=12)
+    classifier.adapt_to_hands([str(i) for i in range(200)], seen)
+    moved = np.linalg.norm(classifier.adaptation.means - classifier.means, axis=1)
+    assert moved.argmax() == 12
+    assert np.delete(moved, 12).max() < 1e-3
+    target = seen.features.mean(0)
+    before = np.linalg.norm(classifier.means[12] - target)
+    after = np.linalg.norm(classifier.adaptation.means[12] - target)
+    assert after == pytest.approx(before * 20 / 220, rel=0.01), "20 pictures stand for training's"
+
+
+def test_untypical_pictures_take_no_part(classifier):
+    seen = seen_by(classifier, 50, likely=12)
+    far = seen._replace(distances=seen.distances + 1000)
+    classifier.adapt_to_hands([str(i) for i in range(50)], far)
+    np.testing.assert_allclose(classifier.adaptation.means, classifier.means, atol=1e-6)
+    np.testing.assert_allclose(classifier.adaptation.log_prior, 0, atol=1e-9)
+
+
+def test_a_picture_on_its_own_is_answered_as_without_adapting(drawn, capfd):
+    picture = next(drawn.glob("letters/*R.png"))
+    outputs = []
+    for flags in ((), ("--no-adapt",)):
+        words = ["--input", str(picture), "--digits", str(USUAL), "--format", "json", *flags]
+        inference.main(words)
+        outputs.append(json.loads(capfd.readouterr().out))
+    with_adapting, without = outputs
+    assert with_adapting["character"] == without["character"] == "R"
+    assert with_adapting["confidence"] == pytest.approx(without["confidence"], abs=1e-3)
+
+
+def test_weights_without_statistics_are_used_as_they_are_and_one_line_says_so(
+    drawn, capfd, tmp_path
+):
+    net = CNN.load(inference.PAGE.with_name("model.pt"))
+    net.card.statistics = None
+    CNN.save(net, tmp_path / "old.pt")
+    inference.main(["--input", str(drawn / "letters"), "--model", str(tmp_path / "old.pt")])
+    out, err = capfd.readouterr()
+    assert len(out.splitlines()) == 52
+    assert err.count("no class statistics in it") == 1
