@@ -463,7 +463,7 @@ class Classifier:
     def choose(self, pictures: list[Picture], readings: list[list[Reading]]) -> None:
         """Choose among the first and the other readings of each picture.
 
-        If some are blank, an image has to score BLANK_SCORE; if all others are, the picture is.
+        Where one is blank, an image has to score BLANK_SCORE. Where all others are, the picture is.
         """
         images = [one.image for others in readings for one in others if one.image]
         judged = deque(self.judge(images))
@@ -474,11 +474,12 @@ class Classifier:
                     candidate = judged.popleft()
                     candidate.penalty = one.penalty
                     candidates.append(candidate)
+            blank = [one for one in others if not one.image]
+            may_be_blank = bool(blank) or picture.chosen is None
             if not others or not candidates:
                 continue
             picture.chosen = max(candidates, key=lambda candidate: candidate.score)
-            blank = [one for one in others if not one.image]
-            if len(blank) == len(others) or (blank and picture.chosen.score < BLANK_SCORE):
+            if len(blank) == len(others) or (may_be_blank and picture.chosen.score < BLANK_SCORE):
                 picture.chosen = None
 
     def answer(self, picture: Picture) -> Result:
