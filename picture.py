@@ -221,7 +221,7 @@ def on_paper(picture: Image.Image) -> Image.Image:
     return Image.alpha_composite(ground, picture).convert("RGB")
 
 
-# The first reading: all ink, but for specks and what lies at the rim
+# The first reading: all ink, but for specks
 
 EMNIST_LENGTHS = (21 / 28, 26.5 / 28)  # of the side: of EMNIST's characters, with their traces
 EMNIST_OFFSET = 1 / 28  # of the side: they are no farther off the centre
@@ -240,8 +240,6 @@ CROP_INSET = 0.06  # the same, where the character may fill its picture
 CLOSE_VOTE = 0.3  # of two: with less between them, either dark or light may be ink
 SPECK = 0.02  # of the area of the largest part: what is smaller is dirt; an i's dot is some 0.05
 RIM = 0.12  # of the picture's side: where frames, rules and neighbours lie
-LONG_PART = 0.4  # of the side: a part in the rim that is longer belongs to no character
-FAINT_PART = 0.8  # of the character's level: rules and box edges are fainter
 SMALL_CHARACTER = 14  # px, of its longer side in a picture of WORKING_SIDE: is read again
 
 
@@ -329,10 +327,7 @@ def find_character(light: np.ndarray) -> Character:
     if min(contrast, np.ptp(light)) < least:
         raise ValueError(BLANK)
     parts = tell_parts(np.uint8(light > paper + INK_LEVEL * contrast))
-    kept = parts.area >= SPECK * parts.area.max()
-    if not is_small:
-        kept = keep_character(parts, light - paper)
-    mask = parts.mask(kept)
+    mask = parts.mask(parts.area >= SPECK * parts.area.max())
     if cv2.countNonZero(mask) < 2:  # px: a dot
         raise ValueError(BLANK)
     box = cv2.boundingRect(mask)
@@ -381,31 +376,6 @@ def tell_parts(mask: np.ndarray) -> Parts:
     inside = np.bincount(inner.ravel(), minlength=count)[1:]
     to_border = np.min([x, y, columns - x - width, rows - y - height], axis=0)
     return Parts(labels, x, y, width, height, area, inside, to_border <= 1)
-
-
-def keep_character(parts: Parts, height: np.ndarray) -> np.ndarray:
-    """Say which parts are of the character, (n,) bool: not specks, nor what lies at the rim.
-
-    At the rim are frames and the table beside the card, what comes in from the border while the
-    character is clear of it, and rules and box edges, fainter than the character.
-    height: (H, W), how far a pixel is above the level of paper.
-    """
-    if len(parts.area) < 2:
-        return np.ones(len(parts.area), bool)
-    rows, columns = parts.labels.shape
-    is_long = np.maximum(parts.width / columns, parts.height / rows) > LONG_PART
-    along_rim = is_long & (parts.inside < 0.05 * parts.area)
-    main = (parts.inside * ~along_rim).argmax()
-    kept = (parts.area >= SPECK * parts.area[main]) & ~along_rim
-    is_large = parts.area >= 0.2 * parts.area[main]
-    if not parts.touching[main]:
-        kept &= ~parts.touching | (is_large & (parts.inside >= 0.5 * parts.area))
-    peaks = np.zeros(len(parts.area) + 1)
-    np.maximum.at(peaks, parts.labels.ravel(), height.ravel())
-    peaks = peaks[1:]
-    is_faint = peaks < FAINT_PART * peaks[kept & is_large].max(initial=0)
-    length = np.maximum(parts.width, parts.height)
-    return kept & ~(is_faint & (parts.touching | (length > 0.25 * length[main])))
 
 
 # Other readings: strokes alone, without lines, without some of the parts

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFilter
 
 import inference
-from picture import BLANK, fit, prepare, to_grey
+from picture import BLANK, fit, prepare, propose, to_grey
 
 SIZE = 28
 FIVE = [[(70, 10), (30, 12), (27, 45)], [(27, 45), (60, 42), (75, 62), (62, 86), (25, 88)]]
@@ -116,13 +116,16 @@ NOISES = ["uniform", "grain", "faint", "shaded"]
 
 @pytest.mark.parametrize("noise", [0, 3])
 @pytest.mark.parametrize("kind", BESIDE)
-def test_what_lies_beside_the_character_is_not_ink(kind, noise):
+def test_a_reading_leaves_out_what_lies_beside_the_character(kind, noise, tmp_path):
     picture = draw(side=60).copy()
     plain = fit_one(picture)
     for place in BESIDE[kind]:
         picture[place] = 40
     picture = photographed(picture, 2, noise) if noise else picture
-    assert overlap(fit_one(picture), plain) > 0.75
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    images = [one.image for one in propose(str(tmp_path / "a.png"), SIZE)]
+    overlaps = [overlap(image, plain) for image in images if image is not None]
+    assert max([overlap(fit_one(picture), plain), *overlaps]) > 0.75
 
 
 @pytest.mark.parametrize(("side", "width", "margin"), [(100, 6, 0.2), (40, 6, 0.0), (300, 2, 0.1)])
