@@ -152,19 +152,27 @@ def field(args: argparse.Namespace, scratch: Path) -> tuple[str, dict]:
 
 def single(args: argparse.Namespace, scratch: Path) -> tuple[str, dict]:
     """Measure on folders of a single class, adapted to each and not."""
-    folders = [path for path in sorted(args.field.resolve().glob("*/*")) if path.is_dir()]
-    folders = [path for path in folders if len(list(path.iterdir())) >= SINGLE_CLASS]
-    adapted = [accuracy(rows) for rows in classify(folders, *args.flags)]
-    alone = [accuracy(rows) for rows in classify(folders, "--no-adapt", *args.flags)]
-    lost = np.subtract(alone, adapted)
+    (rows,) = classify(
+        [args.field.resolve()], "--no-adapt", *args.flags
+    )  # no neighbour has a say here
+    rows_by_folder: dict[Path, list[dict]] = {}
+    for row in rows:
+        rows_by_folder.setdefault(Path(row["path"]).parent, []).append(row)
+    alone = {
+        folder: accuracy(rows)
+        for folder, rows in rows_by_folder.items()
+        if len(rows) >= SINGLE_CLASS
+    }
+    adapted = [accuracy(rows) for rows in classify(alone, *args.flags)]
+    lost = np.subtract([*alone.values()], adapted)
     row = {
-        "classes": len(folders),
+        "classes": len(alone),
         "adapted, %": np.mean(adapted),
-        "alone, %": np.mean(alone),
+        "alone, %": np.mean([*alone.values()]),
         "lose more than 3 points": int((lost > 3).sum()),
         "lose more than 10 points": int((lost > 10).sum()),
     }
-    return f"{len(folders)} classes of the field sets, each a folder", {"rows": [row]}
+    return f"{len(alone)} classes of the field sets, each a folder", {"rows": [row]}
 
 
 def scenes(args: argparse.Namespace, scratch: Path) -> tuple[str, dict]:
