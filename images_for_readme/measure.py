@@ -164,13 +164,14 @@ def single(args: argparse.Namespace, scratch: Path) -> tuple[str, dict]:
         if len(rows) >= SINGLE_CLASS
     }
     adapted = [accuracy(rows) for rows in classify(alone, *args.flags)]
-    lost = np.subtract([*alone.values()], adapted)
+    lost = dict(zip(alone, np.subtract([*alone.values()], adapted), strict=True))
+    worst = [folder for folder in alone if lost[folder] > 10]
     row = {
         "classes": len(alone),
         "adapted, %": np.mean(adapted),
         "alone, %": np.mean([*alone.values()]),
-        "lose more than 3 points": int((lost > 3).sum()),
-        "lose more than 10 points": int((lost > 10).sum()),
+        "lose more than 3 points": sum(points > 3 for points in lost.values()),
+        "lose more than 10": ", ".join(f"{f.parent.name}/{f.name} {lost[f]:.0f}" for f in worst),
     }
     return f"{len(alone)} classes of the field sets, each a folder", {"rows": [row]}
 
