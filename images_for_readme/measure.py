@@ -164,7 +164,7 @@ def single(args: argparse.Namespace, scratch: Path) -> tuple[str, dict]:
         if len(rows) >= SINGLE_CLASS
     }
     adapted = [accuracy(rows) for rows in classify(alone, *args.flags)]
-    lost = dict(zip(alone, np.subtract([*alone.values()], adapted), strict=True))
+    lost = {folder: alone[folder] - right for folder, right in zip(alone, adapted, strict=True)}
     worst = [folder for folder in alone if lost[folder] > 10]
     row = {
         "classes": len(alone),

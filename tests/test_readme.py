@@ -245,7 +245,9 @@ def test_measured_weights_come_from_a_recorded_run_or_are_said_to_be_history():
             assert weights == "model.pt" or weights.removesuffix(".pt") in RECORDS, record["name"]
 
 
-@pytest.mark.parametrize("name", ["shipped", "field", "scenes", "sizes", "samples"])
+@pytest.mark.parametrize(
+    "name", ["shipped", "field", "alone", "single", "scenes", "sizes", "samples"]
+)
 def test_what_was_measured_are_the_shipped_weights(name):
     weights = hashlib.sha256((ROOT / "model.pt").read_bytes()).hexdigest()
     settings = RECORDS[name]["settings"]
