@@ -4,7 +4,7 @@
     python3 train.py --extra unipen_pictures
 
 The first folder is the distribution, unpacked (doi 10.5281/zenodo.1195803, CC BY 4.0); the second
-gets a folder per class: unipen_pictures/A/val_val01_1b_0123.png. The format is described by Guyon
+gets a folder per class: unipen_pictures/A/val_val01_A_123.png. The format is described by Guyon
 et al. 1994, doi 10.1109/ICPR.1994.576870. Neither its files nor the pictures are committed.
 """
 
