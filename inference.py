@@ -249,7 +249,7 @@ def in_order(submit: Callable, items: Iterable, ahead: int) -> Iterator[tuple[An
 # The net, and how it adapts to the folder
 
 BLOCK = 64  # images: a batch is filled up to whole blocks, as kernels differ by batch size
-TYPICALITY = 6.1  # nats that the median distance of validation weighs beside log probabilities
+TYPICALITY = 5.0  # nats that the median distance of validation weighs beside log probabilities
 DOUBTFUL = 0.88  # of the 95 % quantile of distances: beyond it other readings are asked for
 BLANK_SCORE = -14.0  # nats: where a reading is blank, an image must score more to be answered
 DIGIT_PRIOR_WEIGHT = 3.6  # pictures that the digit prior in training counts for in the estimate
