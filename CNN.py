@@ -33,7 +33,10 @@ EMNIST_DIGIT_PRIOR = 240_000 / 364_800  # digits among EMNIST's training images
 
 @dataclass(frozen=True)
 class Architecture:
-    """Two convolutional blocks and a head, each written as the sequence of its layers."""
+    """Two convolutional blocks of the same layers, and a head, each layer a word.
+
+    conv, linear, norm, pool (which halves the side; one in a block), relu, drop.
+    """
 
     block: str
     head: str
@@ -100,7 +103,7 @@ class ClassStatistics:
     1807.03888). An image far from the mean of its class does not look typical of it.
     """
 
-    whitening: Tensor  # (D, D): whitened = features @ whitening
+    whitening: Tensor  # (D, D): whitened = features of unit length @ whitening
     means: Tensor  # (classes, D), whitened
     median: float  # of the squared distances of validation images to the mean of their answer
     quantile95: float  # 5 % of them are farther
@@ -335,6 +338,7 @@ def compute_statistics(
     covariance = spread.T @ spread / len(spread)  # (D, D)
     even = torch.eye(len(covariance), device=units.device) * covariance.diagonal().mean()
     covariance = torch.lerp(covariance, even.double(), SHRINKAGE)
+    # W of W W' = covariance^-1, so that |xW - mW|^2 = (x - m) covariance^-1 (x - m)'
     whitening = torch.linalg.cholesky(torch.linalg.inv(covariance))
     whitened_means = (means @ whitening).float()
     whitening = whitening.float()

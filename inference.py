@@ -73,8 +73,8 @@ FIELDS = Result._fields[:6]  # of csv and json
 def list_pictures(inputs: Iterable[str]) -> tuple[list[str], list[OSError], int]:
     """Return the paths of all pictures, errors of folders, and how many files are passed over.
 
-    A file in `inputs` is always taken, in a folder what has a picture's suffix; an input given
-    twice counts once. A folder's pictures come by name, then its folders, but for links to folders.
+    A file in `inputs` is always taken, in a folder what has a picture's suffix; a path counts once.
+    A folder's pictures come by name, then its folders, but for links to folders.
     What is hidden in a folder (.git, macOS's ._scan.png) is passed over and not counted.
     """
     paths = []
@@ -90,7 +90,7 @@ def list_pictures(inputs: Iterable[str]) -> tuple[list[str], list[OSError], int]
             pictures = sorted(file for file in files if file.lower().endswith(SUFFIXES))
             paths += [os.path.join(folder, file).removeprefix("./") for file in pictures]
             passed_over += len(files) - len(pictures)
-    return paths, errors, passed_over
+    return list(dict.fromkeys(paths)), errors, passed_over
 
 
 # Reading, in worker processes
@@ -204,7 +204,11 @@ class Readers:
         yield from self._look([paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)])
 
     def _look(self, chunks: list[list[str]]) -> Iterator[Look]:
-        """Look at chunks of paths; those of a chunk that fails are tried again one by one."""
+        """Look at chunks of paths.
+
+        One file that kills or outlasts its worker fails its whole chunk: its pictures are then
+        tried again one by one, which tells the guilty from the others.
+        """
         submit = partial(self.schedule, self.first_look)
         for chunk, future in in_order(submit, chunks, CHUNKS_AHEAD * self.workers):
             error = future.exception()
@@ -287,12 +291,13 @@ class Picture:
 
     look: Look
     chosen: Candidate | None  # None: no character is there
-    is_in_doubt: bool  # whether other readings are to be taken
+    is_in_doubt: bool  # whether other readings are to be taken: it is blank, untypical of its
+    # class, or in doubt to picture.py; never so without class statistics
 
 
 @dataclass
 class Adaptation:
-    """What a sample of the folder says of its hands, without labels."""
+    """What a sample of the folder says of its writers' hands, without labels."""
 
     means: np.ndarray  # (allowed, D): of the classes, whitened
     counts: np.ndarray  # (allowed,): how many pictures they rest on, training's included
@@ -319,6 +324,7 @@ class Classifier:
         self.side = CNN.SIZE
         self.classes = [net.card.alphabet.index(character) for character in self.characters]
         self.allowed_digits = np.array([character.isdigit() for character in self.characters])
+        self.are_mixed = len({*self.allowed_digits}) == 2  # both digits and letters are allowed
         self.log_prior = torch.zeros(len(net.card.alphabet), device=self.device)  # added to logits
         self.adaptation: Adaptation | None = None
         self.topk = args.topk
@@ -374,20 +380,25 @@ class Classifier:
         looks = [look for look in looks if look.image]
         images = [look.image for look in looks]
         estimate = None
-        if looks and digits is None and len({*self.allowed_digits}) == 2:
-            p = np.exp(self.see(images).log_p)
-            p_digit = p[:, self.allowed_digits].sum(1) / p.sum(1)
-            estimate = estimate_digits(p_digit, self.card.digit_prior)
+        if looks and digits is None and self.are_mixed:
+            p = np.exp(normalise(self.see(images).log_p))
+            estimate = estimate_digits(p[:, self.allowed_digits].sum(1), self.usual_digits())
             digits = estimate
-        if digits is not None:
+        if digits is not None and self.are_mixed:
             self.expect_digits(digits)
         if looks and self.statistics is not None:
             self.adapt_to_hands([look.path for look in looks], self.see(images))
         return estimate
 
+    def usual_digits(self) -> float:
+        """Return the fraction of digits in training among the allowed characters."""
+        digits = self.card.digit_prior * self.allowed_digits.sum() / 10
+        letters = (1 - self.card.digit_prior) * (~self.allowed_digits).sum() / 26
+        return float(digits / (digits + letters))
+
     def expect_digits(self, digits: float) -> None:
         """Take `digits` for their fraction among the pictures, in place of that in training."""
-        usual = self.card.digit_prior
+        usual = self.usual_digits()
         is_digit = np.array([character.isdigit() for character in self.card.alphabet])
         change = np.where(is_digit, digits / usual, (1 - digits) / (1 - usual))
         self.log_prior += self.log_prior.new_tensor(np.log(change.clip(1e-300)))
@@ -428,17 +439,14 @@ class Classifier:
         log_prior = self.adaptation.log_prior - np.log(own_part)
         return seen.log_p + log_prior + TYPICALITY * nearer
 
-    def judge(self, images: list[bytes], paths: Iterable[str] = ()) -> list[Candidate]:
-        """Return what the net says of images.
-
-        paths: theirs, where they are first readings and may have taken part in the adaptation.
-        """
+    def judge(self, images: list[bytes], paths: list[str]) -> list[Candidate]:
+        """Return what the net says of images, readings of the pictures at these paths."""
         if not images:
             return []
         seen = self.see(images)
         memberships = np.zeros_like(seen.log_p)
         if self.adaptation is not None:
-            for i, path in enumerate(paths):
+            for i, path in enumerate(paths):  # which may have taken part in the adaptation
                 memberships[i] = self.adaptation.memberships.get(path, 0)
         log_p = self.adapted(seen, memberships)
         distances = np.take_along_axis(seen.distances, log_p.argmax(1)[:, None], 1)[:, 0]
@@ -463,10 +471,15 @@ class Classifier:
     def choose(self, pictures: list[Picture], readings: list[list[Reading]]) -> None:
         """Choose among the first and the other readings of each picture.
 
-        Where one is blank, an image has to score BLANK_SCORE. Where all others are, the picture is.
+        The picture is blank if all others are; if only some are, or the first, it is blank unless
+        an image scores BLANK_SCORE.
         """
-        images = [one.image for others in readings for one in others if one.image]
-        judged = deque(self.judge(images))
+        images = []
+        paths = []
+        for picture, others in zip(pictures, readings, strict=True):
+            images += [one.image for one in others if one.image]
+            paths += [picture.look.path for one in others if one.image]
+        judged = deque(self.judge(images, paths))
         for picture, others in zip(pictures, readings, strict=True):
             candidates = [picture.chosen] if picture.chosen else []
             for one in others:

@@ -54,8 +54,7 @@ def read_first(path: str, side: int) -> tuple[np.ndarray, bool]:
     The image is as of `prepare`, which also says what is raised.
     """
     with explained(path):
-        grey = to_grey(read(path))
-    return fit_first(grey, side)
+        return fit_first(to_grey(read(path)), side)
 
 
 def fit_first(grey: np.ndarray, side: int) -> tuple[np.ndarray, bool]:
@@ -69,6 +68,7 @@ def fit_first(grey: np.ndarray, side: int) -> tuple[np.ndarray, bool]:
 
 # Read a file
 
+# To add a format: Pillow's name for it here, and its suffixes, by which folders are searched
 FORMATS = (  # read by Pillow's own code alone; EPS and the like, which start programs, are not
     "PNG JPEG BMP DIB GIF TIFF WEBP AVIF JPEG2000 PPM SGI QOI PCX ICO "
     "TGA"  # the last, as it has no signature: almost any bytes may be taken for it
@@ -157,6 +157,8 @@ def explained(path: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # Pillow raises nearly everything for broken files
+            if str(error) == BLANK:
+                raise
             raise ValueError(explain(error, path)) from None
 
 
@@ -311,7 +313,7 @@ class Character(NamedTuple):
     paper: float  # the paper's level
     contrast: float  # how far the level of ink is above it
     box: tuple[int, ...]  # left, top, width, height, px
-    in_doubt: bool = False  # whether all of it is the character, and nothing else is
+    in_doubt: bool = False  # it is small, or ink touches the border: others may be better
 
 
 def find_character(light: np.ndarray) -> Character:
@@ -526,7 +528,8 @@ def find_lines(mask: np.ndarray) -> tuple[np.ndarray, bool]:
                 line = np.uint8(labels == label)
                 lines |= line.T if is_upright else line
                 sides.add((is_upright, position > 0.5))
-    return lines, len(sides) == 2 and len(dict(sides)) == 2
+    directions = {is_upright for is_upright, _ in sides}
+    return lines, len(sides) == 2 and len(directions) == 2
 
 
 def join_over(rest: np.ndarray, lines: np.ndarray) -> np.ndarray:

@@ -71,7 +71,9 @@ class Config:
     schedule: str = setting("cosine", "learning rate after it", choices=["cosine", "constant"])
     dropout: float = setting(CNN.DROPOUT, "dropout probability", (0, 0.9))
     augment: str = setting("warp,stroke,resolution,tone", "augmentations, by comma, or none")
-    outliers: float = setting(0.05, "images of no character, as a fraction of a batch", (0, 0.5))
+    outliers: float = setting(
+        0.05, "images of no character, added to a batch, as a fraction of it", (0, 0.5)
+    )
     ema: float = setting(0.999, "decay of the moving average of weights; 0: none", (0, 0.999999))
     xavier: bool = setting(True, "Xavier initialisation rather than torch's own", action=FLAG)
     precision: str = setting("auto", "arithmetic", choices=["auto", "float32", "bfloat16"])
@@ -234,9 +236,11 @@ def held_out(images: Tensor) -> Tensor:
 
 def load_splits(config: Config, machine: Machine) -> tuple[Split, ...]:
     """Return train, validation and test, resident on the device."""
-    if config.batch_size % machine.world:
+    if config.batch_size % machine.world or config.batch_size < 2 * machine.world:
         what = f"--batch-size {config.batch_size}"
-        fail(what, f"{machine.world} processes", "choose one that they can share")
+        fail(
+            what, f"{machine.world} processes", "choose one that they can share, two each at least"
+        )
     extra = list_extra(config.extra) if config.extra else []
     remedy = f"put {EMNIST.url} (562 MB) into {config.data} by other means and start again"
     try:
@@ -287,11 +291,13 @@ def read_corrections(source: Path) -> list[tuple[str, str]]:
         with open(source, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             rows = csv.reader(file)
             header = next(rows, [])
-            path, character = header.index("path"), header.index("character")
+            path = header.index("path")
+            character = header.index("character")
             named = []
             for row in rows:
                 line = rows.line_num
-                named.append((row[path], row[character]))
+                if row:
+                    named.append((row[path], row[character]))
     except (OSError, ValueError, IndexError, csv.Error) as error:
         reason = f"line {line}: {error}"
         fail(f"--extra {source}", reason, "give a csv, by comma, in UTF-8, headed path,character")
@@ -372,11 +378,12 @@ def make_batches(images: Tensor, labels: Tensor, config: Config) -> Tensor:
     count = round(size * config.outliers)
     if count:
         outliers = make_outliers(images.flatten(0, 1), labels.flatten(), steps * count)
-        parts.append(outliers.unflatten(0, (steps, count)))
+        parts.append(outliers.unflatten(0, (count, steps)).transpose(0, 1))  # every kind in each
     return torch.cat(parts, dim=1)
 
 
-# Augmentations: pure functions of images (N, 1, 28, 28) in [0, 1]
+# Augmentations: pure functions of images (N, 1, 28, 28) in [0, 1] to as many of the same form.
+# To add one: write it here and name it in AUGMENTATIONS and, for the default, in Config.augment
 
 # How far they go, chosen on validation and on the field sets together
 WARP_ANGLE = math.radians(15)

@@ -60,7 +60,7 @@ def test_corrections_of_the_report_are_taken_as_well(tmp_path):
     ("content", "line"),
     [
         (b"path,character\na.png,A\nb.png\n", 3),
-        (b"path,character\na.png,A\n\nb.png,B\n", 3),
+        (b"path,character\na.png,A\n\nb.png\n", 4),
         (b"path;character\na.png;A\n", 1),
         (b"path\tcharacter\na.png\tA\n", 1),
         ("path,character\na.png,A\n".encode("utf-16"), 1),

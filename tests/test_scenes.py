@@ -173,7 +173,7 @@ def candidate(likely: int, log_p: float, distance: float) -> Candidate:
 def chosen(classifier: Classifier, monkeypatch, others: list[Reading], said: list[Candidate]):
     """Return the class chosen where the first reading is a doubtful 0, or None for blank."""
     picture = Picture(Look("x"), candidate(0, -0.5, 2.0), is_in_doubt=True)
-    monkeypatch.setattr(classifier, "judge", lambda images: said)
+    monkeypatch.setattr(classifier, "judge", lambda images, paths: said)
     classifier.choose([picture], [others])
     return picture.chosen and int(picture.chosen.log_p.argmax())
 
@@ -194,5 +194,6 @@ def test_where_a_reading_is_blank_an_image_has_to_look_like_a_character(classifi
     untypical = [candidate(7, -0.1, 2.1)]
     assert chosen(classifier, monkeypatch, others, untypical) == 0
     picture = Picture(Look("x"), candidate(0, -0.5, 3.0), is_in_doubt=True)
+    untypical[0].distance = 2.6
     classifier.choose([picture], [others])
     assert picture.chosen is None
