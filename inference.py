@@ -27,9 +27,10 @@ import re
 import signal
 import sys
 import time
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -106,7 +107,7 @@ class Look(NamedTuple):
 
     path: str
     image: bytes = b""  # SIZE * SIZE of them, ink 255 on 0; none where there is an error
-    in_doubt: bool = False  # whether other readings should be asked for in any case
+    in_doubt: bool | None = None  # whether other readings are asked for; None: there are none
     error: str = ""
     thumbnail: str = ""
 
@@ -166,6 +167,7 @@ def limit_time(seconds: float) -> None:
 def confine() -> None:
     """Keep the harm small that a hostile file can do in this process."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libtiff and others print what files tell them to
+    warnings.simplefilter("ignore")  # nobody would see them
     with suppress(ImportError, OSError, ValueError):  # Windows has no limits, macOS not this one
         import resource
 
@@ -366,12 +368,16 @@ class Classifier:
 
     def measure(self, features: np.ndarray, means: np.ndarray) -> np.ndarray:
         """Return the squared distances (N, allowed) to means, in medians of validation."""
+        import torch
+
+        import CNN
+
         if self.statistics is None:
             return np.zeros((len(features), len(means)))
-        squares = (features**2).sum(1)[:, None] - 2 * features @ means.T + (means**2).sum(1)
-        return squares / self.statistics.median
+        pair = (torch.from_numpy(features), torch.from_numpy(means))  # numpy would use all cores
+        return CNN.square_distances(*pair).numpy() / self.statistics.median
 
-    def adapt(self, looks: list[Look], digits: float | None) -> float | None:
+    def adapt(self, looks: list[Look], digits: float | None, threads: Executor) -> float | None:
         """Adapt to the folder by a sample of it; return the fraction of digits, if estimated.
 
         digits: their fraction, where it is told. It is estimated otherwise, if both digits and
@@ -379,15 +385,20 @@ class Classifier:
         """
         looks = [look for look in looks if look.image]
         images = [look.image for look in looks]
+        blocks = [images[i : i + BLOCK] for i in range(0, len(images), BLOCK)]
+        parts = list(threads.map(self.see, blocks))
         estimate = None
         if looks and digits is None and self.are_mixed:
-            p = np.exp(normalise(self.see(images).log_p))
+            p = np.exp(normalise(np.concatenate([part.log_p for part in parts])))
             estimate = estimate_digits(p[:, self.allowed_digits].sum(1), self.usual_digits())
             digits = estimate
+        change = np.zeros(len(self.classes))
         if digits is not None and self.are_mixed:
-            self.expect_digits(digits)
+            change = self.expect_digits(digits)
         if looks and self.statistics is not None:
-            self.adapt_to_hands([look.path for look in looks], self.see(images))
+            seen = Seen(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+            seen = seen._replace(log_p=normalise(seen.log_p + change))
+            self.adapt_to_hands([look.path for look in looks], seen)
         return estimate
 
     def usual_digits(self) -> float:
@@ -396,12 +407,17 @@ class Classifier:
         letters = (1 - self.card.digit_prior) * (~self.allowed_digits).sum() / 26
         return float(digits / (digits + letters))
 
-    def expect_digits(self, digits: float) -> None:
-        """Take `digits` for their fraction among the pictures, in place of that in training."""
+    def expect_digits(self, digits: float) -> np.ndarray:
+        """Take `digits` for their fraction among the pictures, in place of that in training.
+
+        Returns what it changes, (allowed,) nats.
+        """
         usual = self.usual_digits()
         is_digit = np.array([character.isdigit() for character in self.card.alphabet])
         change = np.where(is_digit, digits / usual, (1 - digits) / (1 - usual))
-        self.log_prior += self.log_prior.new_tensor(np.log(change.clip(1e-300)))
+        change = np.log(change.clip(1e-300))  # none is impossible, so that there is a best
+        self.log_prior += self.log_prior.new_tensor(change)
+        return change[self.classes]
 
     def adapt_to_hands(self, paths: list[str], seen: Seen) -> None:
         """Move the means of the classes towards the sample's, by expectation maximisation.
@@ -416,7 +432,7 @@ class Classifier:
             memberships = np.exp(normalise(log_p)) * takes_part
             counts = memberships.sum(0) + TRAINING_WEIGHT
             totals = memberships.T @ seen.features + TRAINING_WEIGHT * self.means
-            means = totals / counts[:, None]
+            means = (totals / counts[:, None]).astype(np.float32)
             prior = counts.copy()
             for group in (self.allowed_digits, ~self.allowed_digits):
                 prior[group] /= prior[group].mean() if group.any() else 1
@@ -461,11 +477,15 @@ class Classifier:
         pictures = []
         for look in looks:
             first = candidates.popleft() if look.image else None
-            if first is None:
+            if self.statistics is None:
+                is_in_doubt = False
+            elif first is None:
                 is_in_doubt = look.error == BLANK
+            elif look.in_doubt is None:
+                is_in_doubt = False
             else:
                 is_in_doubt = look.in_doubt or first.distance > self.doubtful_distance
-            pictures.append(Picture(look, first, is_in_doubt and self.statistics is not None))
+            pictures.append(Picture(look, first, is_in_doubt))
         return pictures
 
     def choose(self, pictures: list[Picture], readings: list[list[Reading]]) -> None:
@@ -495,31 +515,35 @@ class Classifier:
             if len(blank) == len(others) or (may_be_blank and picture.chosen.score < BLANK_SCORE):
                 picture.chosen = None
 
-    def answer(self, picture: Picture) -> Result:
-        """Answer with the likeliest character, unless it is too doubtful."""
-        look = picture.look
-        if picture.chosen is None:
-            error = look.error or BLANK
-            return Result(look.path, error=error, image=look.image, thumbnail=look.thumbnail)
-        p = np.exp(normalise(picture.chosen.log_p[None]))[0]
-        order = np.argsort(-p, kind="stable")[: max(2, self.topk)].tolist()
-        ranked = tuple((self.characters[i], float(p[i])) for i in order)
+    def answer(self, pictures: list[Picture]) -> list[Result]:
+        """Answer with the likeliest character of each picture, unless it is too doubtful."""
+        log_p = [picture.chosen.log_p for picture in pictures if picture.chosen]
+        p = np.exp(normalise(np.stack(log_p))) if log_p else np.zeros((0, len(self.classes)))
+        order = np.argsort(-p, axis=1, kind="stable")[:, : max(2, self.topk)]
+        rows = zip(order.tolist(), np.take_along_axis(p, order, 1).tolist(), strict=True)
+        results = []
+        for picture in pictures:
+            look = picture.look
+            if picture.chosen is None:
+                result = Result(look.path, error=look.error or BLANK, image=look.image)
+            else:
+                classes, probabilities = next(rows)
+                characters = [self.characters[i] for i in classes]
+                ranked = tuple(zip(characters, probabilities, strict=True))
+                result = self.decide(look.path, ranked)._replace(image=picture.chosen.image)
+            results.append(result._replace(thumbnail=look.thumbnail))
+        return results
+
+    def decide(self, path: str, ranked: tuple[tuple[str, float], ...]) -> Result:
+        """Return the result for characters and their probabilities, the likeliest first."""
         best, confidence = ranked[0]
         pair = {character for character, _ in ranked[:2]}
         groups = (group for group in self.card.lookalikes if len(pair) > 1 and pair <= set(group))
-        result = Result(
-            look.path,
-            best,
-            confidence,
-            alternatives=ranked[1 : self.topk],
-            lookalike=next(groups, ""),
-            image=picture.chosen.image,
-            thumbnail=look.thumbnail,
-        )
+        lookalike = next(groups, "")
         if confidence >= self.least_confidence:
-            return result
+            return Result(path, best, confidence, ranked[1 : self.topk], lookalike)
         error = f"no answer: {confidence:.4f} is below --min-confidence {self.least_confidence:g}"
-        return result._replace(character="", alternatives=ranked[: self.topk], error=error)
+        return Result(path, "", confidence, ranked[: self.topk], lookalike, error)
 
 
 def normalise(log_p: np.ndarray) -> np.ndarray:
@@ -726,9 +750,13 @@ SAMPLE = 1000  # pictures by which the net adapts to the folder, at most
 
 
 def classify(
-    looks: Iterator[Look], readers: Readers, classifier: Classifier, batch_size: int
+    looks: Iterator[Look],
+    readers: Readers,
+    classifier: Classifier,
+    threads: Executor,
+    batch_size: int,
 ) -> Iterator[list[Result]]:
-    """Yield the results of first looks, in order and in batches.
+    """Return the results of first looks, in order and in batches.
 
     A batch is judged by its first readings, workers take other readings of what is in doubt, and
     the net chooses: three stages, side by side.
@@ -742,15 +770,14 @@ def classify(
         doubtful = [picture for picture in pictures if picture.is_in_doubt]
         paths = [picture.look.path for picture in doubtful]
         classifier.choose(doubtful, readers.readings_of(paths, future))
-        return [classifier.answer(picture) for picture in pictures]
+        return classifier.answer(pictures)
 
     ahead = 2 * readers.workers
     batches = iter(lambda: list(islice(looks, batch_size)), [])
-    with ThreadPoolExecutor(readers.workers) as threads:
-        judged = in_order(partial(threads.submit, classifier.judge_first), batches, ahead)
-        asked = in_order(look_again, (future.result() for _, future in judged), ahead)
-        chosen = in_order(partial(threads.submit, choose), asked, ahead)
-        yield from (future.result() for _, future in chosen)
+    judged = in_order(partial(threads.submit, classifier.judge_first), batches, ahead)
+    asked = in_order(look_again, (future.result() for _, future in judged), ahead)
+    chosen = in_order(partial(threads.submit, choose), asked, ahead)
+    return (future.result() for _, future in chosen)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -777,11 +804,12 @@ def run(args: argparse.Namespace) -> int:
         readers = Readers(pool, workers, classifier.side, args)
         step = max(1, math.ceil(len(paths) / SAMPLE))
         sample = {} if args.no_adapt else {look.path: look for look in readers.look(paths[::step])}
-        digits = classifier.adapt(list(sample.values()), args.digits)
+        threads = stack.enter_context(ThreadPoolExecutor(workers))  # passes of the net
+        digits = classifier.adapt(list(sample.values()), args.digits, threads)
 
         others = readers.look([path for path in our_paths if path not in sample])
         looks = (sample.pop(path) if path in sample else next(others) for path in our_paths)
-        answers = classify(looks, readers, classifier, args.batch_size)
+        answers = classify(looks, readers, classifier, threads, args.batch_size)
         counts = write(chain([unlisted], answers), args, len(our_paths) + len(unlisted))
         seconds = time.monotonic() - started
     summarise(counts, passed_over, digits, seconds)

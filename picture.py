@@ -10,7 +10,6 @@ which the net chooses. Knows neither torch nor CNN.
 
 import os
 import stat
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -48,8 +47,10 @@ def fit(grey: np.ndarray, side: int) -> np.ndarray:
     return fit_first(grey, side)[0]
 
 
-def read_first(path: str, side: int) -> tuple[np.ndarray, bool]:
+def read_first(path: str, side: int) -> tuple[np.ndarray, bool | None]:
     """Return the first reading of a picture file, and whether `propose` should be asked as well.
+
+    Not at all (None) where the picture is in EMNIST's form: that is the only reading.
 
     The image is as of `prepare`, which also says what is raised.
     """
@@ -57,11 +58,11 @@ def read_first(path: str, side: int) -> tuple[np.ndarray, bool]:
         return fit_first(to_grey(read(path)), side)
 
 
-def fit_first(grey: np.ndarray, side: int) -> tuple[np.ndarray, bool]:
-    """Return the first reading of a grey picture, and whether there is doubt about it."""
+def fit_first(grey: np.ndarray, side: int) -> tuple[np.ndarray, bool | None]:
+    """Return the first reading of a grey picture and, as `read_first` does, the doubt about it."""
     emnist_image = as_emnist(grey, side)
     if emnist_image is not None:
-        return emnist_image, False
+        return emnist_image, None
     character = find_character(lighten_ink(grey))
     return form(character, side), character.in_doubt
 
@@ -116,6 +117,8 @@ def read(path: str, side: int = WORKING_SIDE) -> Image.Image:
         raise UnidentifiedImageError
     # of a path, Pillow 13 maps raw TIFFs to memory and turns them wrong
     with open(path, "rb") as file, Image.open(file, formats=readable_formats()) as picture:
+        if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:  # Pillow only warns
+            raise Image.DecompressionBombError
         factor = reduction(picture, side)
         picture.draft(None, (picture.width // factor, picture.height // factor))  # of a JPEG
         picture.load()
@@ -152,14 +155,12 @@ def to_plain_mode(picture: Image.Image) -> Image.Image:
 def explained(path: str) -> Iterator[None]:
     """Turn whatever reading a file may raise into a ValueError of one line for the user."""
     cv2.setNumThreads(1)  # there are workers enough
-    with warnings.catch_warnings(action="ignore"):
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            yield
-        except Exception as error:  # Pillow raises nearly everything for broken files
-            if str(error) == BLANK:
-                raise
-            raise ValueError(explain(error, path)) from None
+    try:
+        yield
+    except Exception as error:  # Pillow raises nearly everything for broken files
+        if str(error) == BLANK:
+            raise
+        raise ValueError(explain(error, path)) from None
 
 
 def explain(error: Exception, path: str) -> str:
@@ -171,7 +172,7 @@ def explain(error: Exception, path: str) -> str:
         return "not a picture in a format that is read here"
     if isinstance(error, MemoryError):
         return "takes too much memory"
-    if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
+    if isinstance(error, Image.DecompressionBombError):
         return f"too large: over {Image.MAX_IMAGE_PIXELS:,} pixels"
     text = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
     return "can't be read: " + "".join(c if c.isprintable() else "?" for c in text)[:200]
@@ -249,7 +250,7 @@ def as_emnist(grey: np.ndarray, side: int) -> np.ndarray | None:
     """Return a picture of EMNIST's own, be it enlarged or negative, as it was; None for others.
 
     It is a square of a multiple of `side`, of one level along its border, and holds the character
-    as those do.
+    as those do, and nothing around it.
     """
     rows, columns = grey.shape
     border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
@@ -259,13 +260,19 @@ def as_emnist(grey: np.ndarray, side: int) -> np.ndarray | None:
         return None
     ink = cv2.absdiff(grey, np.full_like(grey, (low + high) // 2))
     ink = cv2.resize(ink, (side, side), interpolation=cv2.INTER_AREA)
-    x, y, width, height = np.array(cv2.boundingRect(np.uint8(ink > TRACE * ink.max()))) / side
+    most = int(ink.max())
+    mask = np.uint8(ink > TRACE * most)
+    x, y, width, height = np.array(cv2.boundingRect(mask)) / side
     off_centre = max(abs(x + width / 2 - 0.5), abs(y + height / 2 - 0.5))
     shortest, longest = EMNIST_LENGTHS
     if off_centre > EMNIST_OFFSET or not shortest <= max(width, height) <= longest:
         return None
-    if ink.max() < FAINTEST_INK or ink.mean() > MOST_INK * ink.max():
+    if most < FAINTEST_INK or cv2.mean(ink)[0] > MOST_INK * most:
         return None
+    if cv2.connectedComponents(mask)[0] > 2:  # paper and the character
+        parts = tell_parts(mask)
+        if find_rings(parts, parts.area > 0).any():
+            return None
     return cv2.normalize(ink, None, 0, 255, cv2.NORM_MINMAX)
 
 
@@ -407,7 +414,6 @@ def propose(path: str, side: int) -> list[Reading]:
     readings = []
     if closer is not None:
         grey = closer
-    if closer is not None or as_emnist(grey, side) is not None:
         readings.append(Reading(fit_all(lighten_ink(grey), side)))
     if abs(vote_on_paper(grey, CROP_INSET)) < CLOSE_VOTE:
         readings.append(Reading(fit_all(255 - lighten_ink(grey), side), PENALTY))
