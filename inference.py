@@ -259,7 +259,8 @@ TYPICALITY = 5.0  # nats that the median distance of validation weighs beside lo
 DOUBTFUL = 0.88  # of the 95 % quantile of distances: beyond it other readings are asked for
 BLANK_SCORE = -14.0  # nats: where a reading is blank, an image must score more to be answered
 DIGIT_PRIOR_WEIGHT = 3.6  # pictures that the digit prior in training counts for in the estimate
-TRAINING_WEIGHT = 20.0  # pictures that the mean and the prior of a class in training count for
+MEAN_WEIGHT = 40.0  # pictures that the mean of a class in training counts for
+CLASS_PRIOR_WEIGHT = 150.0  # pictures that the prior of a class in training counts for
 ADAPTING_ROUNDS = 3
 
 
@@ -302,7 +303,7 @@ class Adaptation:
     """What a sample of the folder says of its writers' hands, without labels."""
 
     means: np.ndarray  # (allowed, D): of the classes, whitened
-    counts: np.ndarray  # (allowed,): how many pictures they rest on, training's included
+    counts: np.ndarray  # (allowed,): how many pictures they rest on, MEAN_WEIGHT included
     log_prior: np.ndarray  # (allowed,) nats: of a class, among digits or among letters
     memberships: dict[str, np.ndarray]  # (allowed,) by path: how far a picture took part in each
 
@@ -430,10 +431,10 @@ class Classifier:
         log_p = seen.log_p
         for _ in range(ADAPTING_ROUNDS):
             memberships = np.exp(normalise(log_p)) * takes_part
-            counts = memberships.sum(0) + TRAINING_WEIGHT
-            totals = memberships.T @ seen.features + TRAINING_WEIGHT * self.means
+            counts = memberships.sum(0) + MEAN_WEIGHT
+            totals = memberships.T @ seen.features + MEAN_WEIGHT * self.means
             means = (totals / counts[:, None]).astype(np.float32)
-            prior = counts.copy()
+            prior = memberships.sum(0) + CLASS_PRIOR_WEIGHT
             for group in (self.allowed_digits, ~self.allowed_digits):
                 prior[group] /= prior[group].mean() if group.any() else 1
             by_path = dict(zip(paths, memberships, strict=True))
@@ -444,16 +445,15 @@ class Classifier:
     def adapted(self, seen: Seen, memberships: np.ndarray) -> np.ndarray:
         """Return log probabilities (N, allowed) adapted to the hands of the folder.
 
-        memberships: (N, allowed), how far an image took part in each class. It has no say in its
-        own answer: without its part, the mean of n pictures is farther away by n / (n - membership)
-        and the prior smaller by as much.
+        memberships: (N, allowed), how far an image took part in each class. It has no part in the
+        mean that it is judged by: its distance to that is n / (n - membership) times as large, for
+        n pictures.
         """
         if self.adaptation is None:
             return seen.log_p
-        own_part = self.adaptation.counts / (self.adaptation.counts - memberships)
-        nearer = seen.distances - seen.hand_distances * own_part**2
-        log_prior = self.adaptation.log_prior - np.log(own_part)
-        return seen.log_p + log_prior + TYPICALITY * nearer
+        farther = self.adaptation.counts / (self.adaptation.counts - memberships)
+        gain = seen.distances - seen.hand_distances * farther**2
+        return seen.log_p + self.adaptation.log_prior + TYPICALITY * gain
 
     def judge(self, images: list[bytes], paths: list[str]) -> list[Candidate]:
         """Return what the net says of images, readings of the pictures at these paths."""

@@ -104,7 +104,7 @@ def classifier(tmp_path: Path) -> inference.Classifier:
     CNN.save(net, path)
     made = inference.Classifier(inference.parse(["--input", "x", "--model", str(path)]))
     made.statistics = CNN.ClassStatistics(torch.eye(6), means, median=1.0, quantile95=100.0)
-    made.means = means.numpy()
+    made.means = means.numpy()  # float32
     return made
 
 
@@ -114,7 +114,7 @@ def seen_by(classifier: inference.Classifier, count: int, likely: int | None = N
     log_p = random.normal(0, 2, (count, 36))
     if likely is not None:
         log_p[:, likely] += 20
-    features = random.random((count, 6))
+    features = random.random((count, 6)).astype(np.float32)
     distances = classifier.measure(features, classifier.means)
     return inference.Seen(inference.normalise(log_p), features, distances, distances)
 
@@ -131,11 +131,10 @@ def test_an_image_takes_no_part_in_the_mean_that_it_is_judged_by(classifier):
         totals = adaptation.counts[:, None] * adaptation.means
         without = totals - memberships[i][:, None] * seen.features[i]
         without /= (adaptation.counts - memberships[i])[:, None]
-        distances = classifier.measure(seen.features[i : i + 1], without)
+        distances = classifier.measure(seen.features[i : i + 1], without.astype(np.float32))
         nearer = inference.TYPICALITY * (seen.distances[i] - distances[0])
-        rest = np.log(adaptation.counts - memberships[i]) - np.log(adaptation.counts)
-        expected = seen.log_p[i] + adaptation.log_prior + rest + nearer
-        np.testing.assert_allclose(found[i], expected, rtol=1e-6)
+        expected = seen.log_p[i] + adaptation.log_prior + nearer
+        np.testing.assert_allclose(found[i], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_mean_moves_towards_its_pictures_and_no_other_does(classifier):
@@ -147,7 +146,7 @@ def test_a_mean_moves_towards_its_pictures_and_no_other_does(classifier):
     target = seen.features.mean(0)
     before = np.linalg.norm(classifier.means[12] - target)
     after = np.linalg.norm(classifier.adaptation.means[12] - target)
-    assert after == pytest.approx(before * 20 / 220, rel=0.01), "20 pictures stand for training's"
+    assert after == pytest.approx(before * 40 / 240, rel=0.01), "40 pictures stand for training's"
 
 
 def test_untypical_pictures_take_no_part(classifier):
