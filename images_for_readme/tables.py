@@ -169,7 +169,7 @@ TABLES: dict[str, Callable[[Records], str]] = {
     "adapting": partial(compare, pattern="field|alone"),
     "single": partial(show, names=["single"]),
     "scenes": partial(show, names=["scenes"]),
-    "mixes": partial(compare, pattern="shipped|mix-.*"),
+    "mixes": partial(compare, pattern="before|shipped"),
     "fonts": partial(compare, pattern="before|fonts-.*"),
     "corrections": partial(compare, pattern="own-.*"),
     "sizes": show_sizes,
