@@ -174,6 +174,7 @@ TABLES: dict[str, Callable[[Records], str]] = {
     "corrections": partial(compare, pattern="own-.*"),
     "sizes": show_sizes,
     "doubt": show_doubt,
+    "codes": partial(show, names=["codes"]),
     "runs": partial(compare, pattern="run[1-9]"),
     "optimizers": partial(compare, pattern="fair-.*"),
     "rates": partial(compare, pattern="grid-.*"),
