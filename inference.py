@@ -326,7 +326,8 @@ class Classifier:
         self.card = net.card
         self.side = CNN.SIZE
         self.classes = [net.card.alphabet.index(character) for character in self.characters]
-        self.allowed_digits = np.array([character.isdigit() for character in self.characters])
+        self.is_digit = np.array([character.isdigit() for character in net.card.alphabet])
+        self.allowed_digits = self.is_digit[self.classes]
         self.are_mixed = len({*self.allowed_digits}) == 2  # both digits and letters are allowed
         self.log_prior = torch.zeros(len(net.card.alphabet), device=self.device)  # added to logits
         self.adaptation: Adaptation | None = None
@@ -404,8 +405,9 @@ class Classifier:
 
     def usual_digits(self) -> float:
         """Return the fraction of digits in training among the allowed characters."""
-        digits = self.card.digit_prior * self.allowed_digits.sum() / 10
-        letters = (1 - self.card.digit_prior) * (~self.allowed_digits).sum() / 26
+        prior = self.card.digit_prior
+        digits = prior * self.allowed_digits.sum() / self.is_digit.sum()
+        letters = (1 - prior) * (~self.allowed_digits).sum() / (~self.is_digit).sum()
         return float(digits / (digits + letters))
 
     def expect_digits(self, digits: float) -> np.ndarray:
@@ -414,8 +416,7 @@ class Classifier:
         Returns what it changes, (allowed,) nats.
         """
         usual = self.usual_digits()
-        is_digit = np.array([character.isdigit() for character in self.card.alphabet])
-        change = np.where(is_digit, digits / usual, (1 - digits) / (1 - usual))
+        change = np.where(self.is_digit, digits / usual, (1 - digits) / (1 - usual))
         change = np.log(change.clip(1e-300))  # none is impossible, so that there is a best
         self.log_prior += self.log_prior.new_tensor(change)
         return change[self.classes]

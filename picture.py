@@ -50,9 +50,8 @@ def fit(grey: np.ndarray, side: int) -> np.ndarray:
 def read_first(path: str, side: int) -> tuple[np.ndarray, bool | None]:
     """Return the first reading of a picture file, and whether `propose` should be asked as well.
 
-    Not at all (None) where the picture is in EMNIST's form: that is the only reading.
-
-    The image is as of `prepare`, which also says what is raised.
+    Not at all (None) where the picture is in EMNIST's form: that is the only reading. The image is
+    as of `prepare`, which also says what is raised.
     """
     with explained(path):
         return fit_first(to_grey(read(path)), side)
@@ -414,9 +413,11 @@ def propose(path: str, side: int) -> list[Reading]:
     readings = []
     if closer is not None:
         grey = closer
-        readings.append(Reading(fit_all(lighten_ink(grey), side)))
+    light = lighten_ink(grey)
+    if closer is not None:
+        readings.append(Reading(fit_all(light, side)))
     if abs(vote_on_paper(grey, CROP_INSET)) < CLOSE_VOTE:
-        readings.append(Reading(fit_all(255 - lighten_ink(grey), side), PENALTY))
+        readings.append(Reading(fit_all(255 - light, side), PENALTY))
     if min(grey.shape) < FEWEST_PIXELS:
         return readings
     ink_is_light = vote_on_paper(grey, FRAME_INSET) <= 0
@@ -437,10 +438,7 @@ def fit_all(light: np.ndarray, side: int) -> np.ndarray | None:
 
 
 def look_closer(path: str, grey: np.ndarray) -> np.ndarray | None:
-    """Read a character that is small in its picture again, larger; None if it is not small.
-
-    A picture that is small itself is enlarged.
-    """
+    """Read a character that is small in its picture again, larger; None if it is not small."""
     if min(grey.shape) < ENLARGED_SIDE:
         return None
     try:
