@@ -14,6 +14,8 @@ answered, 1 some could not be or none was found (but under torchrun, which would
 processes), 2 wrong usage, a full disk or GPU, 130 interrupted.
 """
 
+from __future__ import annotations
+
 import argparse
 import base64
 import csv
@@ -28,15 +30,15 @@ import signal
 import sys
 import time
 import warnings
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path, PurePath
-from typing import Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+from weakref import WeakSet
 
 import numpy as np
 from pebble import ProcessExpired, ProcessPool
@@ -44,6 +46,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from picture import BLANK, SUFFIXES, Reading, propose, read, read_first, to_grey
+
+if TYPE_CHECKING:  # torch is imported late: the workers do without
+    from torch import Tensor
 
 PAGE = Path(__file__).with_name("report.html")
 UNPRINTABLE = re.compile(  # backslash, control characters and bytes that are not UTF-8
@@ -55,20 +60,30 @@ class UsageError(Exception):
     """What was asked for can't be done; one line for the user."""
 
 
-class Result(NamedTuple):
-    """What is said of a picture: an answer, or an error."""
+class Picture(NamedTuple):
+    """A picture, as a worker reads it first; later with an answer."""
 
     path: str
-    character: str = ""  # none where there is an error
-    confidence: float = 0.0
+    character: str = ""  # the answer; none where there is an error
+    confidence: float = 0.0  # 0 where no character is found
     alternatives: tuple[tuple[str, float], ...] = ()  # the next likely; all, without an answer
     lookalike: str = ""  # the group, such as "1IL", that holds the two likeliest characters
     error: str = ""
-    image: bytes = b""  # as the net saw it, SIZE * SIZE bytes
+    image: np.ndarray | None = None  # (SIZE, SIZE) uint8, ink 255 on 0: a reading of it
+    in_doubt: bool | None = None  # whether other readings are needed; None: there are none
     thumbnail: str = ""  # data URI, where a report is asked for
 
+    @property
+    def outcome(self) -> str:
+        """Return the word by which it is counted."""
+        if self.character:
+            return "answered"
+        if self.confidence:
+            return "doubtful"
+        return "blank" if self.error == BLANK else "unreadable"
 
-FIELDS = Result._fields[:6]  # of csv and json
+
+FIELDS = Picture._fields[:6]  # of csv and json
 
 
 def list_pictures(inputs: Iterable[str]) -> tuple[list[str], list[OSError], int]:
@@ -102,48 +117,43 @@ WORKER_BYTES = 3 * 2**30  # of address space; a picture just under Pillow's bomb
 THUMBNAIL_SIDE = 96  # px
 
 
-class Look(NamedTuple):
-    """The first reading of a picture."""
-
-    path: str
-    image: bytes = b""  # SIZE * SIZE of them, ink 255 on 0; none where there is an error
-    in_doubt: bool | None = None  # whether other readings are asked for; None: there are none
-    error: str = ""
-    thumbnail: str = ""
-
-
-def look_at(path: str, side: int, thumbnails: bool) -> Look:
-    """Take the first reading of a picture."""
-    look = Look(path)
+def read_picture(path: str, side: int, thumbnails: bool) -> Picture:
+    """Take the first reading of a picture; where it is blank, others are needed."""
+    picture = Picture(path)
     try:
         image, in_doubt = read_first(path, side)
-        look = look._replace(image=image.tobytes(), in_doubt=in_doubt)
+        picture = picture._replace(image=image, in_doubt=in_doubt)
     except ValueError as error:
-        look = look._replace(error=str(error))
-    if thumbnails and look.error in ("", BLANK):
-        look = look._replace(thumbnail=make_thumbnail(path))
-    return look
+        picture = picture._replace(error=str(error), in_doubt=True if str(error) == BLANK else None)
+    if thumbnails and picture.error in ("", BLANK):
+        picture = picture._replace(thumbnail=make_thumbnail(path))
+    return picture
 
 
-def look_again(path: str, side: int) -> list[Reading]:
+def read_again(path: str, side: int) -> list[Reading]:
     """Take the other readings of a picture; an image comes once, where it has least penalty."""
     readings: dict[bytes | None, Reading] = {}
     with suppress(ValueError):  # such as too little memory to read it larger: the first has to do
-        for image, penalty in propose(path, side):
-            pixels = None if image is None else image.tobytes()
-            readings.setdefault(pixels, Reading(pixels, penalty))
+        for reading in propose(path, side):
+            pixels = None if reading.image is None else reading.image.tobytes()
+            readings.setdefault(pixels, reading)
     return list(readings.values())
 
 
 def make_thumbnail(path: str) -> str:
-    """Return a picture as a data URI, small enough for a page of thousands."""
-    image = read(path)
-    if image.mode in ("I", "F"):
-        image = Image.fromarray(to_grey(image))
-    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    file = io.BytesIO()
-    image.save(file, "WEBP", quality=90)
-    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
+    """Return a picture as a data URI, small enough for a page of thousands, or "" if it can't be.
+
+    Whatever fails here is no reason to lose the answer.
+    """
+    with suppress(Exception):
+        image = read(path)
+        if image.mode in ("I", "F"):
+            image = Image.fromarray(to_grey(image))
+        image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+        file = io.BytesIO()
+        image.save(file, "WEBP", quality=90)
+        return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
+    return ""
 
 
 def do_all(task: Callable, paths: list[str], timeout: float) -> list:
@@ -175,71 +185,85 @@ def confine() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (WORKER_BYTES, hard))
 
 
-def start_pool(workers: int) -> ProcessPool:
-    """Start worker processes, so that what a file does to its decoder ends with it."""
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the workers are enough
-    pool = ProcessPool(workers, initializer=confine, context=multiprocessing.get_context("spawn"))
-    pool.schedule(int)  # a first task starts them, while torch is imported
-    return pool
-
-
 class Readers:
-    """Has pictures read by the workers of a pool; a picture that breaks them is lost alone."""
+    """Worker processes that read pictures, so that a picture that breaks one is lost alone."""
 
-    def __init__(
-        self, pool: ProcessPool, workers: int, side: int, args: argparse.Namespace
-    ) -> None:
-        self.pool = pool
-        self.workers = workers
+    def __init__(self, workers: int, args: argparse.Namespace) -> None:
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the workers are enough
+        spawn = multiprocessing.get_context("spawn")
+        self.pool = ProcessPool(workers, initializer=confine, context=spawn)
+        self.pool.schedule(int)  # a first task starts them, while torch is imported
+        self.chunks_ahead = CHUNKS_AHEAD * workers
         self.timeout = args.timeout  # seconds per picture
-        self.first_look = partial(look_at, side=side, thumbnails=bool(args.report))
-        self.second_look = partial(look_again, side=side)
+        self.thumbnails = bool(args.report)
+        self.futures: WeakSet[Future] = WeakSet()
+
+    def stop(self) -> None:
+        """End the workers, and the waiting for what they were to do."""
+        self.pool.stop()
+        self.pool.join()
+        for future in self.futures:
+            future.cancel()
+
+    def first_readings(
+        self, paths: list[str], side: int, known: dict[str, Picture]
+    ) -> Iterator[Picture]:
+        """Yield the pictures at these paths, in order; those that are known are not read again."""
+        task = partial(read_picture, side=side, thumbnails=self.thumbnails)
+        unknown = [path for path in paths if path not in known]
+        others = self.call(task, batched(unknown, CHUNK))
+        for path in paths:
+            if path in known:
+                yield known[path]
+            else:
+                _, picture, error = next(others)
+                yield picture or Picture(path, error=error)
+
+    def other_readings(self, paths: list[str], side: int) -> tuple[list[str], list[Reading]]:
+        """Return the other readings of the pictures at these paths, and the path of each."""
+        owners = []
+        readings = []
+        for path, found, error in self.call(partial(read_again, side=side), batched(paths, CHUNK)):
+            if not error:
+                owners += [path] * len(found)
+                readings += found
+        return owners, readings
+
+    def call(self, task: Callable, chunks: Iterable[list[str]]) -> Iterator[tuple[str, Any, str]]:
+        """Have workers call `task` with paths; yield each path with the result and the error.
+
+        One file that kills or outlasts its worker fails its whole chunk: its pictures are then
+        tried again one by one, which tells the guilty from the others.
+        """
+        submit = partial(self.schedule, task)
+        for chunk, future in in_order(submit, chunks, self.chunks_ahead):
+            error = future.exception()
+            if error is None:
+                for path, result in zip(chunk, future.result(), strict=True):
+                    yield path, result, ""
+            elif len(chunk) > 1:
+                yield from self.call(task, [[path] for path in chunk])
+            elif isinstance(error, TimeoutError):
+                yield chunk[0], None, f"takes more than {self.timeout:g} s to decode"
+            elif isinstance(error, ProcessExpired):
+                yield chunk[0], None, f"its decoder died (exit code {error.exitcode})"
+            else:
+                yield chunk[0], None, f"can't be read: {error!r}"
 
     def schedule(self, task: Callable, paths: list[str]) -> Future:
         """Have a worker call `task` with each path; the future holds the list of results."""
         each = 0 if len(paths) == 1 else self.timeout  # for one, the pool's own limit does
         work = (task, paths, each)
-        return self.pool.schedule(do_all, work, timeout=self.timeout * len(paths))
+        future = self.pool.schedule(do_all, work, timeout=self.timeout * len(paths))
+        self.futures.add(future)
+        return future
 
-    def look(self, paths: list[str]) -> Iterator[Look]:
-        """Yield the first look at each path, in order."""
-        yield from self._look([paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)])
 
-    def _look(self, chunks: list[list[str]]) -> Iterator[Look]:
-        """Look at chunks of paths.
-
-        One file that kills or outlasts its worker fails its whole chunk: its pictures are then
-        tried again one by one, which tells the guilty from the others.
-        """
-        submit = partial(self.schedule, self.first_look)
-        for chunk, future in in_order(submit, chunks, CHUNKS_AHEAD * self.workers):
-            error = future.exception()
-            if not error:
-                yield from future.result()
-            elif len(chunk) > 1:
-                yield from self._look([[path] for path in chunk])
-            elif isinstance(error, TimeoutError):
-                yield Look(chunk[0], error=f"takes more than {self.timeout:g} s to decode")
-            elif isinstance(error, ProcessExpired):
-                yield Look(chunk[0], error=f"its decoder died (exit code {error.exitcode})")
-            else:
-                yield Look(chunk[0], error=f"can't be read: {error!r}")
-
-    def look_again(self, paths: list[str]) -> Future:
-        """Have the other readings of each path taken, for `readings_of`."""
-        if paths:
-            return self.schedule(self.second_look, paths)
-        nothing: Future = Future()
-        nothing.set_result([])
-        return nothing
-
-    def readings_of(self, paths: list[str], future: Future) -> list[list[Reading]]:
-        """Return what came of `look_again`, per path; where a worker fails, no other readings."""
-        if not future.exception():
-            return future.result()
-        if len(paths) == 1:
-            return [[]]
-        return [self.readings_of([path], self.look_again([path]))[0] for path in paths]
+def batched(items: Iterable, size: int) -> Iterator[list]:
+    """Yield lists of `size` items, the last of what is left, as Python 3.12's itertools.batched."""
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch
 
 
 def in_order(submit: Callable, items: Iterable, ahead: int) -> Iterator[tuple[Any, Future]]:
@@ -267,52 +291,41 @@ ADAPTING_ROUNDS = 3
 class Seen(NamedTuple):
     """What the net sees in images; distances are squared, in medians of validation."""
 
-    log_p: np.ndarray  # (N, allowed), nats: how likely each allowed character is, among all
-    features: np.ndarray  # (N, D), whitened
-    distances: np.ndarray  # (N, allowed), to the class means in training
-    hand_distances: np.ndarray  # (N, allowed), to those of the folder's hands
+    log_p: Tensor  # (N, allowed), nats: how likely each allowed character is, among all
+    features: Tensor  # (N, D), whitened
+    distances: Tensor  # (N, allowed), to the class means in training
+    adapted_distances: Tensor  # (N, allowed), to the class means adapted to the folder
 
 
-@dataclass
-class Candidate:
-    """A reading, and what the net says of it."""
+class Candidate(NamedTuple):
+    """What the net says of a reading that holds a character."""
 
-    image: bytes
-    log_p: np.ndarray  # (allowed,) nats, adapted to the folder
-    distance: float  # of the best class, in medians of validation
-    penalty: float = 0.0  # nats
-
-    @property
-    def score(self) -> float:
-        """Return how much the image looks like a character, in nats."""
-        return self.log_p.max() - TYPICALITY * self.distance - self.penalty
-
-
-@dataclass
-class Picture:
-    """A picture on its way to an answer."""
-
-    look: Look
-    chosen: Candidate | None  # None: no character is there
-    is_in_doubt: bool  # whether other readings are to be taken: it is blank, untypical of its
-    # class, or in doubt to picture.py; never so without class statistics
-
-
-@dataclass
-class Adaptation:
-    """What a sample of the folder says of its writers' hands, without labels."""
-
-    means: np.ndarray  # (allowed, D): of the classes, whitened
-    counts: np.ndarray  # (allowed,): how many pictures they rest on, MEAN_WEIGHT included
-    log_prior: np.ndarray  # (allowed,) nats: of a class, among digits or among letters
-    memberships: dict[str, np.ndarray]  # (allowed,) by path: how far a picture took part in each
+    image: np.ndarray  # (SIZE, SIZE) uint8
+    ranked: tuple[tuple[str, float], ...]  # the likeliest characters and their probabilities
+    distance: float  # of the likeliest class, in medians of validation
+    score: float  # nats: how much the image looks like a character
 
 
 class Classifier:
-    """A net made ready to answer, out of the characters of --alphabet."""
+    """A net made ready to answer, out of the characters of --alphabet.
+
+    How a picture becomes an answer:
+
+    1. The net judges the first reading. It is in doubt where picture.py says so, where it is blank,
+       or where it is far from the mean of its class: DOUBTFUL.
+    2. Of a picture in doubt, workers take other readings, which the net judges, too.
+    3. The reading with the best score is chosen: the log probability of the likeliest character,
+       less its distance (TYPICALITY), less the penalty that picture.py gave the reading.
+    4. The picture is blank where all other readings are, or where one is, be it the first, and the
+       best score is below BLANK_SCORE.
+    5. The answer is the likeliest character of the reading chosen, the confidence its probability
+       among those allowed. Below --min-confidence there is no answer.
+
+    Probabilities are calibrated by the temperature in the weights file, and adapted to the folder.
+    """
 
     def __init__(self, args: argparse.Namespace) -> None:
-        import torch  # late: the workers do without
+        import torch
 
         import CNN
 
@@ -323,237 +336,219 @@ class Classifier:
             self.characters = parse_alphabet(args.alphabet, net.card.alphabet)
         except ValueError as error:
             raise UsageError(error) from None
+        self.args = args
         self.card = net.card
         self.side = CNN.SIZE
         self.classes = [net.card.alphabet.index(character) for character in self.characters]
-        self.is_digit = np.array([character.isdigit() for character in net.card.alphabet])
-        self.allowed_digits = self.is_digit[self.classes]
-        self.are_mixed = len({*self.allowed_digits}) == 2  # both digits and letters are allowed
-        self.log_prior = torch.zeros(len(net.card.alphabet), device=self.device)  # added to logits
-        self.adaptation: Adaptation | None = None
-        self.topk = args.topk
-        self.least_confidence = args.min_confidence
         on_cpu = self.device.type == "cpu"
         self.dtype = CNN.mixed_precision(self.device) if on_cpu else torch.float32
         self.net = net.fused().to(self.dtype, memory_format=torch.channels_last)
         self.net.fc2.float()  # the full resolution for probabilities
-        self.statistics = net.card.statistics
-        self.means = np.zeros((len(self.classes), 0))
-        self.doubtful_distance = math.inf
-        if self.statistics is not None:
-            self.whitening = self.statistics.whitening.to(self.device)
-            self.means = self.statistics.means[self.classes].numpy()
-            self.doubtful_distance = DOUBTFUL * self.statistics.quantile95 / self.statistics.median
 
-    def see(self, images: list[bytes]) -> Seen:
-        """Show images to the net, of SIZE * SIZE bytes each, ink 255 on 0."""
+        width = net.fc2.in_features
+        everything_is_typical = CNN.ClassStatistics(
+            torch.zeros(width, width), torch.zeros(len(net.card.alphabet), width), 1.0, math.inf
+        )
+        self.statistics = net.card.statistics or everything_is_typical
+        self.whitening = self.statistics.whitening.to(self.device)
+        self.means = self.statistics.means[self.classes]  # (allowed, D), whitened
+        self.adapted_means = self.means
+        self.counts = torch.full([len(self.classes)], MEAN_WEIGHT, dtype=torch.float64)  # pictures
+        # that each of the adapted means rests on, those of training included
+        self.class_log_prior = torch.zeros_like(self.counts)  # among digits or among letters
+        self.memberships: dict[str, Tensor] = {}  # (allowed,) by path: how far a picture took part
+
+        self.are_digits = torch.tensor([character.isdigit() for character in self.characters])
+        self.usual_digits = self.find_usual_digits()
+        self.are_mixed = 0 < self.usual_digits < 1  # both digits and letters are allowed
+        self.log_prior = torch.zeros(len(net.card.alphabet), dtype=torch.float64)  # added to logits
+        if args.digits is not None:
+            self.expect_digits(args.digits)
+
+    def find_usual_digits(self) -> float:
+        """Return the fraction of digits among images of allowed characters, as in training.
+
+        There every digit was as frequent as any other, and every letter as any other.
+        """
+        digits = sum(map(str.isdigit, self.characters)) / sum(map(str.isdigit, self.card.alphabet))
+        letters = sum(map(str.isalpha, self.characters)) / sum(map(str.isalpha, self.card.alphabet))
+        digits *= self.card.digit_prior
+        letters *= 1 - self.card.digit_prior
+        return digits / (digits + letters)
+
+    def expect_digits(self, digits: float) -> None:
+        """Take `digits` for their fraction among the pictures, in place of that in training.
+
+        Where only digits, or only letters, are allowed, that says nothing.
+        """
+        if self.are_mixed:
+            digit = math.log(max(1e-300, digits / self.usual_digits))  # so that there is a best
+            letter = math.log(max(1e-300, (1 - digits) / (1 - self.usual_digits)))
+            log_prior = [digit if one.isdigit() else letter for one in self.card.alphabet]
+            self.log_prior = self.log_prior.new_tensor(log_prior)
+
+    def adapt(self, pictures: Iterable[Picture], threads: Executor) -> float | None:
+        """Adapt to the folder by a sample of it; return the fraction of digits, if estimated.
+
+        First the fraction of digits is estimated, unless --digits tells it or --alphabet has only
+        digits or only letters; then how the folder's writers write each character.
+        """
+        import torch
+
+        readable = [picture for picture in pictures if picture.image is not None]
+        if not readable:
+            return None
+        images = [picture.image for picture in readable]
+        blocks = list(threads.map(self.see, batched(images, BLOCK)))
+        seen = Seen(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
+        estimate = None
+        if self.are_mixed and self.args.digits is None:
+            p_digit = seen.log_p.softmax(1)[:, self.are_digits].sum(1)
+            estimate = estimate_digits(p_digit, self.usual_digits)
+            self.expect_digits(estimate)
+            seen = seen._replace(log_p=seen.log_p + self.log_prior[self.classes])
+        if self.card.statistics is not None:
+            self.adapt_means([picture.path for picture in readable], seen)
+        return estimate
+
+    def adapt_means(self, paths: list[str], seen: Seen) -> None:
+        """Move the means of the classes towards the sample's, by expectation maximisation.
+
+        A mean moves as far as the pictures taken for its class carry it. Only typical ones do. The
+        priors of the classes, among digits and among letters, follow in the same way.
+        """
+        answers = seen.log_p.argmax(1, keepdim=True)
+        limit = self.statistics.quantile95 / self.statistics.median
+        takes_part = seen.distances.gather(1, answers) <= limit  # (N, 1)
+        log_p = seen.log_p.double()
+        for _ in range(ADAPTING_ROUNDS):
+            memberships = log_p.softmax(1) * takes_part  # (N, allowed)
+            pictures = memberships.sum(0)  # (allowed,): how many each class has
+            self.counts = pictures + MEAN_WEIGHT
+            totals = memberships.T @ seen.features.double() + MEAN_WEIGHT * self.means
+            self.adapted_means = (totals / self.counts[:, None]).float()
+            prior = pictures + CLASS_PRIOR_WEIGHT
+            for group in (self.are_digits, ~self.are_digits):
+                prior[group] /= prior[group].mean()
+            self.class_log_prior = prior.log()
+            distances = self.find_distances(seen.features, self.adapted_means)
+            log_p = self.adapted(seen._replace(adapted_distances=distances), memberships)
+        self.memberships = dict(zip(paths, memberships, strict=True))
+
+    def adapted(self, seen: Seen, memberships: Tensor) -> Tensor:
+        """Return log probabilities (N, allowed) adapted to the folder.
+
+        memberships: (N, allowed), how far an image took part in each class. It has no part in the
+        mean that it is judged by. Without an image x of membership w, the mean m of n pictures is
+        (n m - w x) / (n - w), and x is n / (n - w) times as far from that as from m.
+        """
+        farther = self.counts / (self.counts - memberships)
+        gain = seen.distances - seen.adapted_distances * farther**2
+        return seen.log_p + self.class_log_prior + TYPICALITY * gain
+
+    def see(self, images: list[np.ndarray]) -> Seen:
+        """Show images to the net, (SIZE, SIZE) uint8, ink 255 on 0."""
         import torch
 
         import CNN
 
         missing = -len(images) % BLOCK  # to fill up the last block
-        pixels = bytearray().join([*images, bytes(missing * self.side**2)])
+        pixels = np.stack(images + missing * [np.zeros_like(images[0])])
         with torch.inference_mode():
-            batch = torch.from_numpy(np.frombuffer(pixels, np.uint8))
-            batch = batch.view(-1, 1, self.side, self.side).to(self.device, self.dtype) / 255
+            batch = torch.from_numpy(pixels).unsqueeze(1).to(self.device, self.dtype) / 255
             features = self.net.features(batch).float()  # (N + missing, D)
-            logits = self.net.fc2(features) / self.card.temperature + self.log_prior
-            log_p = logits.log_softmax(1)[:, self.classes].cpu().numpy()
-            if self.statistics is not None:
-                features = CNN.whiten(features, self.whitening)
-            features = features.cpu().numpy()
-        distances = self.measure(features, self.means)
-        hand_distances = distances
-        if self.adaptation is not None:
-            hand_distances = self.measure(features, self.adaptation.means)
-        return Seen(*(part[: len(images)] for part in (log_p, features, distances, hand_distances)))
+            logits = self.net.fc2(features) / self.card.temperature + self.log_prior.to(features)
+            log_p = logits.log_softmax(1)[:, self.classes].cpu()
+            features = CNN.whiten(features, self.whitening).cpu()
+            distances = self.find_distances(features, self.means)
+            adapted_distances = self.find_distances(features, self.adapted_means)
+        seen = (log_p, features, distances, adapted_distances)
+        return Seen(*(values[: len(images)] for values in seen))
 
-    def measure(self, features: np.ndarray, means: np.ndarray) -> np.ndarray:
+    def find_distances(self, features: Tensor, means: Tensor) -> Tensor:
         """Return the squared distances (N, allowed) to means, in medians of validation."""
-        import torch
-
         import CNN
 
-        if self.statistics is None:
-            return np.zeros((len(features), len(means)))
-        pair = (torch.from_numpy(features), torch.from_numpy(means))  # numpy would use all cores
-        return CNN.square_distances(*pair).numpy() / self.statistics.median
+        return CNN.square_distances(features, means) / self.statistics.median
 
-    def adapt(self, looks: list[Look], digits: float | None, threads: Executor) -> float | None:
-        """Adapt to the folder by a sample of it; return the fraction of digits, if estimated.
+    def classify(self, pictures: list[Picture], readers: Readers) -> list[Picture]:
+        """Return pictures with answers; `readers` take other readings of those in doubt."""
+        paths = [picture.path for picture in pictures]
+        firsts = self.judge(paths, [Reading(picture.image) for picture in pictures])
+        pairs = list(zip(pictures, firsts, strict=True))
+        in_doubt = [picture.path for picture, first in pairs if self.is_in_doubt(picture, first)]
+        paths, readings = readers.other_readings(in_doubt, self.side)
+        others = defaultdict(list)  # by path
+        for path, candidate in zip(paths, self.judge(paths, readings), strict=True):
+            others[path].append(candidate)
+        return [
+            self.answer(picture, choose(first, others[picture.path])) for picture, first in pairs
+        ]
 
-        digits: their fraction, where it is told. It is estimated otherwise, if both digits and
-        letters are allowed.
-        """
-        looks = [look for look in looks if look.image]
-        images = [look.image for look in looks]
-        blocks = [images[i : i + BLOCK] for i in range(0, len(images), BLOCK)]
-        parts = list(threads.map(self.see, blocks))
-        estimate = None
-        if looks and digits is None and self.are_mixed:
-            p = np.exp(normalise(np.concatenate([part.log_p for part in parts])))
-            estimate = estimate_digits(p[:, self.allowed_digits].sum(1), self.usual_digits())
-            digits = estimate
-        change = np.zeros(len(self.classes))
-        if digits is not None and self.are_mixed:
-            change = self.expect_digits(digits)
-        if looks and self.statistics is not None:
-            seen = Seen(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
-            seen = seen._replace(log_p=normalise(seen.log_p + change))
-            self.adapt_to_hands([look.path for look in looks], seen)
-        return estimate
+    def judge(self, paths: list[str], readings: list[Reading]) -> list[Candidate | None]:
+        """Return what the net says of readings of the pictures at `paths`; None of a blank one."""
+        import torch
 
-    def usual_digits(self) -> float:
-        """Return the fraction of digits in training among the allowed characters."""
-        prior = self.card.digit_prior
-        digits = prior * self.allowed_digits.sum() / self.is_digit.sum()
-        letters = (1 - prior) * (~self.allowed_digits).sum() / (~self.is_digit).sum()
-        return float(digits / (digits + letters))
+        candidates: list[Candidate | None] = [None] * len(readings)
+        shown = [i for i, reading in enumerate(readings) if reading.image is not None]
+        if not shown:
+            return candidates
+        seen = self.see([readings[i].image for i in shown])
+        no_part = torch.zeros(len(self.classes))
+        memberships = [self.memberships.get(paths[i], no_part) for i in shown]
+        log_p = self.adapted(seen, torch.stack(memberships))
+        best, answers = log_p.max(1, keepdim=True)
+        distances = seen.distances.gather(1, answers)  # (N, 1)
+        scores = best - TYPICALITY * distances
+        p, order = log_p.softmax(1).sort(dim=1, descending=True, stable=True)
+        count = max(2, self.args.topk)
+        columns = (order[:, :count], p[:, :count], distances[:, 0], scores[:, 0])
+        rows = zip(shown, *(column.tolist() for column in columns), strict=True)
+        for i, classes, probabilities, distance, score in rows:
+            characters = [self.characters[label] for label in classes]
+            ranked = tuple(zip(characters, probabilities, strict=True))
+            score -= readings[i].penalty
+            candidates[i] = Candidate(readings[i].image, ranked, distance, score)
+        return candidates
 
-    def expect_digits(self, digits: float) -> np.ndarray:
-        """Take `digits` for their fraction among the pictures, in place of that in training.
+    def is_in_doubt(self, picture: Picture, first: Candidate | None) -> bool:
+        """Say whether other readings are to be taken; never without class statistics."""
+        if self.card.statistics is None or picture.in_doubt is None:
+            return False
+        limit = DOUBTFUL * self.statistics.quantile95 / self.statistics.median
+        return picture.in_doubt or first.distance > limit
 
-        Returns what it changes, (allowed,) nats.
-        """
-        usual = self.usual_digits()
-        change = np.where(self.is_digit, digits / usual, (1 - digits) / (1 - usual))
-        change = np.log(change.clip(1e-300))  # none is impossible, so that there is a best
-        self.log_prior += self.log_prior.new_tensor(change)
-        return change[self.classes]
-
-    def adapt_to_hands(self, paths: list[str], seen: Seen) -> None:
-        """Move the means of the classes towards the sample's, by expectation maximisation.
-
-        A mean moves as far as the pictures taken for its class carry it. Only typical ones do.
-        """
-        answers = seen.log_p.argmax(1)[:, None]
-        limit = self.statistics.quantile95 / self.statistics.median
-        takes_part = np.take_along_axis(seen.distances, answers, 1) <= limit  # (N, 1)
-        log_p = seen.log_p
-        for _ in range(ADAPTING_ROUNDS):
-            memberships = np.exp(normalise(log_p)) * takes_part
-            counts = memberships.sum(0) + MEAN_WEIGHT
-            totals = memberships.T @ seen.features + MEAN_WEIGHT * self.means
-            means = (totals / counts[:, None]).astype(np.float32)
-            prior = memberships.sum(0) + CLASS_PRIOR_WEIGHT
-            for group in (self.allowed_digits, ~self.allowed_digits):
-                prior[group] /= prior[group].mean() if group.any() else 1
-            by_path = dict(zip(paths, memberships, strict=True))
-            self.adaptation = Adaptation(means, counts, np.log(prior), by_path)
-            seen = seen._replace(hand_distances=self.measure(seen.features, means))
-            log_p = self.adapted(seen, memberships)
-
-    def adapted(self, seen: Seen, memberships: np.ndarray) -> np.ndarray:
-        """Return log probabilities (N, allowed) adapted to the hands of the folder.
-
-        memberships: (N, allowed), how far an image took part in each class. It has no part in the
-        mean that it is judged by: its distance to that is n / (n - membership) times as large, for
-        n pictures.
-        """
-        if self.adaptation is None:
-            return seen.log_p
-        farther = self.adaptation.counts / (self.adaptation.counts - memberships)
-        gain = seen.distances - seen.hand_distances * farther**2
-        return seen.log_p + self.adaptation.log_prior + TYPICALITY * gain
-
-    def judge(self, images: list[bytes], paths: list[str]) -> list[Candidate]:
-        """Return what the net says of images, readings of the pictures at these paths."""
-        if not images:
-            return []
-        seen = self.see(images)
-        memberships = np.zeros_like(seen.log_p)
-        if self.adaptation is not None:
-            for i, path in enumerate(paths):  # which may have taken part in the adaptation
-                memberships[i] = self.adaptation.memberships.get(path, 0)
-        log_p = self.adapted(seen, memberships)
-        distances = np.take_along_axis(seen.distances, log_p.argmax(1)[:, None], 1)[:, 0]
-        return [Candidate(*one) for one in zip(images, log_p, distances.tolist(), strict=True)]
-
-    def judge_first(self, looks: list[Look]) -> list[Picture]:
-        """Return pictures judged by their first readings, and whether these are in doubt."""
-        readable = [look for look in looks if look.image]
-        candidates = deque(
-            self.judge([look.image for look in readable], [look.path for look in readable])
+    def answer(self, picture: Picture, chosen: Candidate | None) -> Picture:
+        """Answer with the likeliest character, unless the picture is blank or too doubtful."""
+        if chosen is None:
+            return picture._replace(error=picture.error or BLANK)
+        character, confidence = chosen.ranked[0]
+        pair = {character for character, _ in chosen.ranked[:2]}
+        groups = [group for group in self.card.lookalikes if len(pair) == 2 and pair <= {*group}]
+        picture = picture._replace(
+            confidence=confidence, lookalike="".join(groups[:1]), error="", image=chosen.image
         )
-        pictures = []
-        for look in looks:
-            first = candidates.popleft() if look.image else None
-            if self.statistics is None:
-                is_in_doubt = False
-            elif first is None:
-                is_in_doubt = look.error == BLANK
-            elif look.in_doubt is None:
-                is_in_doubt = False
-            else:
-                is_in_doubt = look.in_doubt or first.distance > self.doubtful_distance
-            pictures.append(Picture(look, first, is_in_doubt))
-        return pictures
-
-    def choose(self, pictures: list[Picture], readings: list[list[Reading]]) -> None:
-        """Choose among the first and the other readings of each picture.
-
-        The picture is blank if all others are; if only some are, or the first, it is blank unless
-        an image scores BLANK_SCORE.
-        """
-        images = []
-        paths = []
-        for picture, others in zip(pictures, readings, strict=True):
-            images += [one.image for one in others if one.image]
-            paths += [picture.look.path for one in others if one.image]
-        judged = deque(self.judge(images, paths))
-        for picture, others in zip(pictures, readings, strict=True):
-            candidates = [picture.chosen] if picture.chosen else []
-            for one in others:
-                if one.image:
-                    candidate = judged.popleft()
-                    candidate.penalty = one.penalty
-                    candidates.append(candidate)
-            blank = [one for one in others if not one.image]
-            may_be_blank = bool(blank) or picture.chosen is None
-            if not others or not candidates:
-                continue
-            picture.chosen = max(candidates, key=lambda candidate: candidate.score)
-            if len(blank) == len(others) or (may_be_blank and picture.chosen.score < BLANK_SCORE):
-                picture.chosen = None
-
-    def answer(self, pictures: list[Picture]) -> list[Result]:
-        """Answer with the likeliest character of each picture, unless it is too doubtful."""
-        log_p = [picture.chosen.log_p for picture in pictures if picture.chosen]
-        p = np.exp(normalise(np.stack(log_p))) if log_p else np.zeros((0, len(self.classes)))
-        order = np.argsort(-p, axis=1, kind="stable")[:, : max(2, self.topk)]
-        rows = zip(order.tolist(), np.take_along_axis(p, order, 1).tolist(), strict=True)
-        results = []
-        for picture in pictures:
-            look = picture.look
-            if picture.chosen is None:
-                result = Result(look.path, error=look.error or BLANK, image=look.image)
-            else:
-                classes, probabilities = next(rows)
-                characters = [self.characters[i] for i in classes]
-                ranked = tuple(zip(characters, probabilities, strict=True))
-                result = self.decide(look.path, ranked)._replace(image=picture.chosen.image)
-            results.append(result._replace(thumbnail=look.thumbnail))
-        return results
-
-    def decide(self, path: str, ranked: tuple[tuple[str, float], ...]) -> Result:
-        """Return the result for characters and their probabilities, the likeliest first."""
-        best, confidence = ranked[0]
-        pair = {character for character, _ in ranked[:2]}
-        groups = (group for group in self.card.lookalikes if len(pair) > 1 and pair <= set(group))
-        lookalike = next(groups, "")
-        if confidence >= self.least_confidence:
-            return Result(path, best, confidence, ranked[1 : self.topk], lookalike)
-        error = f"no answer: {confidence:.4f} is below --min-confidence {self.least_confidence:g}"
-        return Result(path, "", confidence, ranked[: self.topk], lookalike, error)
+        topk = self.args.topk
+        limit = self.args.min_confidence
+        if confidence >= limit:
+            return picture._replace(character=character, alternatives=chosen.ranked[1:topk])
+        error = f"no answer: {confidence:.4f} is below --min-confidence {limit:g}"
+        return picture._replace(alternatives=chosen.ranked[:topk], error=error)
 
 
-def normalise(log_p: np.ndarray) -> np.ndarray:
-    """Return log probabilities (N, C) that sum up to a probability of 1 in each row."""
-    best = log_p.max(1, keepdims=True)
-    return log_p - best - np.log(np.exp(log_p - best).sum(1, keepdims=True))
+def choose(first: Candidate | None, others: list[Candidate | None]) -> Candidate | None:
+    """Choose among the first and the other readings of a picture; None stands for a blank one."""
+    if not others:
+        return first
+    if not any(others):
+        return None
+    candidates = [one for one in (first, *others) if one is not None]
+    best = max(candidates, key=lambda candidate: candidate.score)
+    some_are_blank = len(candidates) <= len(others)
+    return None if some_are_blank and best.score < BLANK_SCORE else best
 
 
-def estimate_digits(p_digit: np.ndarray, usual: float) -> float:
+def estimate_digits(p_digit: Tensor, usual: float) -> float:
     """Return the fraction of digits among pictures, by expectation maximisation.
 
     p_digit: (N,) how likely each is a digit where `usual` is their fraction, as it was in training.
@@ -592,37 +587,38 @@ def escaped(text: str) -> str:
     return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
-def ascii_line(result: Result) -> str:
+def ascii_line(picture: Picture) -> str:
     """Write as the original project did: ASCII code and path; `---` for what is too doubtful."""
-    code = f"{ord(result.character):03d}" if result.character else "---"
-    return f"{code}, {escaped(result.path)}\n" if result.confidence else ""
+    code = f"{ord(picture.character):03d}" if picture.character else "---"
+    line = f"{code}, {escaped(picture.path)}\n"
+    return line if picture.outcome in ("answered", "doubtful") else ""
 
 
-def csv_line(result: Result) -> str:
+def csv_line(picture: Picture) -> str:
     """Write as a row of RFC 4180, with the bytes of the path as they are."""
-    confidence = f"{result.confidence:.4f}" if result.confidence else ""
-    alternatives = " ".join(f"{character}:{p:.4f}" for character, p in result.alternatives)
-    shown = result._replace(confidence=confidence, alternatives=alternatives)
+    confidence = f"{picture.confidence:.4f}" if picture.confidence else ""
+    alternatives = " ".join(f"{character}:{p:.4f}" for character, p in picture.alternatives)
+    shown = picture._replace(confidence=confidence, alternatives=alternatives)
     row = io.StringIO()
     csv.writer(row).writerow(shown[: len(FIELDS)])
     return row.getvalue().removesuffix("\r\n") + "\n"
 
 
-def json_line(result: Result) -> str:
+def json_line(picture: Picture) -> str:
     r"""Write as a JSON object; bytes of the path that are not UTF-8 as \udc80 to \udcff."""
-    content = {name: getattr(result, name) or None for name in FIELDS}
-    content["confidence"] = round(result.confidence, 4) or None
-    content["alternatives"] = {character: round(p, 4) for character, p in result.alternatives}
+    content = {name: getattr(picture, name) or None for name in FIELDS}
+    content["confidence"] = round(picture.confidence, 4) or None
+    content["alternatives"] = {character: round(p, 4) for character, p in picture.alternatives}
     return json.dumps(content) + "\n"
 
 
-def report_row(result: Result) -> str:
+def report_row(picture: Picture) -> str:
     """Write as an object of the list in report.html; it can't end the script that it stands in."""
-    row = {name: getattr(result, name) for name in FIELDS}
-    row["shown"] = escaped(result.path)
-    row["truth"] = find_truth(result.path)
-    row["image"] = base64.b64encode(result.image).decode()
-    row["thumbnail"] = result.thumbnail
+    row = {name: getattr(picture, name) for name in FIELDS}
+    row["shown"] = escaped(picture.path)
+    row["truth"] = find_truth(picture.path)
+    row["image"] = "" if picture.image is None else base64.b64encode(picture.image).decode()
+    row["thumbnail"] = picture.thumbnail
     return json.dumps(row).replace("<", "\\u003c") + ",\n"
 
 
@@ -648,17 +644,8 @@ def writing(file: Path | None, head: str, foot: str = "") -> Iterator[TextIO]:
         os.replace(where, os.path.realpath(file))  # of a link, what it points to
 
 
-def kind_of(result: Result) -> str:
-    """Return the word by which a result is counted."""
-    if result.character:
-        return "answered"
-    if result.confidence:
-        return "doubtful"
-    return "blank" if result.error == BLANK else "unreadable"
-
-
-def write(results: Iterable[list[Result]], args: argparse.Namespace, total: int) -> Counter[str]:
-    """Write results as they come, with --format ascii errors to stderr; count their kinds."""
+def write(batches: Iterable[list[Picture]], args: argparse.Namespace, total: int) -> Counter[str]:
+    """Write answers as they come, with --format ascii errors to stderr; count their outcomes."""
     counts: Counter[str] = Counter()
     with ExitStack() as stack:
         head = ",".join(FIELDS) + "\n" if args.format == "csv" and args.rank == 0 else ""
@@ -669,30 +656,27 @@ def write(results: Iterable[list[Result]], args: argparse.Namespace, total: int)
             writers.append((page, report_row))
         bar = tqdm(total=total, unit=" pictures", leave=False, dynamic_ncols=True, disable=None)
         stack.enter_context(bar)
-        for answered in results:
+        for batch in batches:
             for stream, line in writers:
-                stream.write("".join(map(line, answered)))
+                stream.write("".join(map(line, batch)))
                 stream.flush()
-            for result in answered:
-                counts[kind_of(result)] += 1
-                if args.format == "ascii" and not result.confidence:
-                    tqdm.write(f"{escaped(result.path)}: {result.error}", file=sys.stderr)
-            bar.update(len(answered))
+            for picture in batch:
+                counts[picture.outcome] += 1
+                if args.format == "ascii" and picture.outcome in ("blank", "unreadable"):
+                    tqdm.write(f"{escaped(picture.path)}: {picture.error}", file=sys.stderr)
+            bar.update(len(batch))
     return counts
 
 
 # The command
+
+SAMPLE = 1000  # pictures by which the net adapts to the folder, at most
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line; exits with 2 and a message where it is wrong."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = max(1, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    no_adapt = (
-        "judge each picture alone, by the digits and hands of training; by default an answer "
-    )
-    no_adapt += "depends on the pictures beside it, up to 1000 of which tell how many are digits "
-    no_adapt += "and how their hands write"
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     model = Path(__file__).with_name("model.pt")
@@ -701,7 +685,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... [cuda where there is one, or cpu]")
     add("--alphabet", default="0-9A-Z", metavar="CHARS", help="what can be answered [%(default)s]")
     add("--digits", type=float, metavar="P", help="fraction of digits, 0 to 1 [estimated]")
-    add("--no-adapt", action="store_true", help=no_adapt)
+    add(
+        "--no-adapt",
+        action="store_true",
+        help="judge each picture alone; by default an answer depends on the pictures beside it, up "
+        f"to {SAMPLE} of which tell how many are digits and how their writers write",
+    )
     add("--min-confidence", type=float, default=0, metavar="P", help="below: no answer")
     add("--topk", type=int, default=3, metavar="K", help="characters in csv, json [%(default)s]")
     add("--format", choices=LINES, default="ascii", help="of the results [%(default)s]")
@@ -724,11 +713,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         args.world_size = int(os.environ["WORLD_SIZE"])
         if not args.output:
             parser.error("under torchrun each process writes a file: name it with --output")
-        for name in ("output", "report"):
-            file = getattr(args, name)
-            if file:
-                setattr(args, name, file.with_name(f"{file.stem}.{args.rank}{file.suffix}"))
+        args.output = with_rank(args.output, args.rank)
+        args.report = args.report and with_rank(args.report, args.rank)
     return args
+
+
+def with_rank(file: Path, rank: int) -> Path:
+    """Return the name of a rank's own file: answers.0.csv."""
+    return file.with_name(f"{file.stem}.{rank}{file.suffix}")
 
 
 def check_files(args: argparse.Namespace) -> None:
@@ -738,47 +730,17 @@ def check_files(args: argparse.Namespace) -> None:
             raise UsageError(f"--input {escaped(name)}: no such file or folder")
     taken = {os.path.realpath(file) for file in (PAGE, args.model, *args.input)}
     for flag, file in (("--output", args.output), ("--report", args.report)):
-        whole = os.path.realpath(file) if file else ""
-        special = os.path.exists(whole) and not os.path.isfile(whole)
-        is_picture = os.path.exists(whole) and whole.lower().endswith(SUFFIXES)
-        if special or is_picture or {whole, f"{whole}.partial"} & taken:
-            reason = "not a regular file" if special else "would replace what is read"
-            raise UsageError(f"{flag} {escaped(str(file))}: {reason}: choose another")
-        taken |= {whole} - {""}
-
-
-SAMPLE = 1000  # pictures by which the net adapts to the folder, at most
-
-
-def classify(
-    looks: Iterator[Look],
-    readers: Readers,
-    classifier: Classifier,
-    threads: Executor,
-    batch_size: int,
-) -> Iterator[list[Result]]:
-    """Return the results of first looks, in order and in batches.
-
-    A batch is judged by its first readings, workers take other readings of what is in doubt, and
-    the net chooses: three stages, side by side.
-    """
-
-    def look_again(pictures: list[Picture]) -> Future:
-        return readers.look_again([one.look.path for one in pictures if one.is_in_doubt])
-
-    def choose(asked: tuple[list[Picture], Future]) -> list[Result]:
-        pictures, future = asked
-        doubtful = [picture for picture in pictures if picture.is_in_doubt]
-        paths = [picture.look.path for picture in doubtful]
-        classifier.choose(doubtful, readers.readings_of(paths, future))
-        return classifier.answer(pictures)
-
-    ahead = 2 * readers.workers
-    batches = iter(lambda: list(islice(looks, batch_size)), [])
-    judged = in_order(partial(threads.submit, classifier.judge_first), batches, ahead)
-    asked = in_order(look_again, (future.result() for _, future in judged), ahead)
-    chosen = in_order(partial(threads.submit, choose), asked, ahead)
-    return (future.result() for _, future in chosen)
+        if not file:
+            continue
+        target = os.path.realpath(file)
+        shown = escaped(str(file))
+        is_file = os.path.isfile(target)
+        if os.path.exists(target) and not is_file:
+            raise UsageError(f"{flag} {shown}: not a regular file: choose another")
+        is_picture = is_file and target.lower().endswith(SUFFIXES)
+        if is_picture or {target, f"{target}.partial"} & taken:
+            raise UsageError(f"{flag} {shown}: would replace what is read: choose another")
+        taken.add(target)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -787,31 +749,33 @@ def run(args: argparse.Namespace) -> int:
     paths, errors, passed_over = list_pictures(args.input)
     our_paths = paths[args.rank :: args.world_size]
     unlisted = [
-        Result(error.filename, error=f"folder can't be listed: {error.strerror}")
+        Picture(error.filename, error=f"folder can't be listed: {error.strerror}")
         for error in errors[args.rank :: args.world_size]
     ]
     with ExitStack() as stack:
         workers = max(1, min(args.workers, math.ceil(len(our_paths) / CHUNK)))
-        pool = start_pool(workers)
-        stack.callback(pool.join)
-        stack.callback(pool.stop)  # called first
+        threads = stack.enter_context(ThreadPoolExecutor(2 * workers))  # half of them may wait
+        readers = Readers(workers, args)
+        stack.callback(readers.stop)  # before the threads are waited for
         classifier = Classifier(args)
-        if classifier.statistics is None and args.rank == 0:
-            note = "no class statistics in it: first readings are taken, hands are not adapted to"
+        if classifier.card.statistics is None and args.rank == 0:
+            note = "no class statistics in it: first readings are taken, means are not adapted"
             print(f"inference.py: {args.model}: {note}", file=sys.stderr)
         gc.freeze()  # nothing of torch is looked through again, which saves 0.4 s at the end
         started = time.monotonic()
 
-        readers = Readers(pool, workers, classifier.side, args)
-        step = max(1, math.ceil(len(paths) / SAMPLE))
-        sample = {} if args.no_adapt else {look.path: look for look in readers.look(paths[::step])}
-        threads = stack.enter_context(ThreadPoolExecutor(workers))  # passes of the net
-        digits = classifier.adapt(list(sample.values()), args.digits, threads)
+        sample: dict[str, Picture] = {}  # by path
+        if not args.no_adapt:
+            step = max(1, math.ceil(len(paths) / SAMPLE))
+            for picture in readers.first_readings(paths[::step], classifier.side, known={}):
+                sample[picture.path] = picture
+        digits = classifier.adapt(sample.values(), threads)
 
-        others = readers.look([path for path in our_paths if path not in sample])
-        looks = (sample.pop(path) if path in sample else next(others) for path in our_paths)
-        answers = classify(looks, readers, classifier, threads, args.batch_size)
-        counts = write(chain([unlisted], answers), args, len(our_paths) + len(unlisted))
+        pictures = readers.first_readings(our_paths, classifier.side, known=sample)
+        submit = partial(threads.submit, classifier.classify, readers=readers)
+        batches = in_order(submit, batched(pictures, args.batch_size), 2 * workers)
+        answered = (future.result() for _, future in batches)
+        counts = write(chain([unlisted], answered), args, len(our_paths) + len(unlisted))
         seconds = time.monotonic() - started
     summarise(counts, passed_over, digits, seconds)
     is_complete = counts.total() == counts["answered"] and paths
