@@ -157,6 +157,14 @@ def test_a_picture_that_kills_or_stalls_its_decoder_is_the_only_one_lost(
     }
 
 
+def test_a_thumbnail_that_fails_costs_no_answer(errors_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(inference, "do_all", misbehaving.do_all)
+    drawn().save(tmp_path / "twice.png")
+    page = tmp_path / "page.html"
+    assert errors_of([tmp_path / "twice.png"], "--report", page) == {"twice.png": ""}
+    assert '"thumbnail": ""' in page.read_text()
+
+
 def test_many_that_take_long_together_are_read_once_each(errors_of, tmp_path, monkeypatch):
     monkeypatch.setattr(inference, "do_all", misbehaving.do_all)
     paths = [tmp_path / f"slow.{i}.png" for i in range(40)]  # of 0.1 s, in one chunk
@@ -229,27 +237,20 @@ def test_what_is_hidden_in_a_folder_is_passed_over_in_silence(weights, tmp_path,
     assert "0 pictures: none found" in capfd.readouterr().err
 
 
-def test_a_fault_of_our_own_is_no_wrong_usage(weights, tmp_path, monkeypatch):
-    """It shows where it is; Python's exit code is then 1."""
-    drawn().save(tmp_path / "a.png")
-    for fault in (ValueError, RuntimeError, TypeError):
-
-        def answer(classifier, pictures, fault=fault):
-            raise fault("ours")
-
-        monkeypatch.setattr(inference.Classifier, "answer", answer)
-        with pytest.raises(fault, match="ours"):
-            inference.main(["--model", str(weights), "--input", str(tmp_path)])
-
-
-def test_a_gpu_without_memory_is_one_line(weights, tmp_path, monkeypatch, capfd):
-    drawn().save(tmp_path / "a.png")
-
-    def answer(classifier, pictures):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+def test_a_fault_of_our_own_shows_where_it_is_and_a_gpu_without_memory_is_one_line(
+    weights, tmp_path, monkeypatch, capfd
+):
+    def answer(classifier, picture, chosen):
+        raise fault
 
     monkeypatch.setattr(inference.Classifier, "answer", answer)
-    assert inference.main(["--model", str(weights), "--input", str(tmp_path)]) == 2
+    drawn().save(tmp_path / "a.png")
+    command = ["--model", str(weights), "--input", str(tmp_path)]
+    for fault in (ValueError("ours"), RuntimeError("ours")):
+        with pytest.raises(type(fault), match="ours"):
+            inference.main(command)
+    fault = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+    assert inference.main(command) == 2
     told = "inference.py: CUDA out of memory: try a smaller --batch-size\n"
     assert capfd.readouterr().err == told
 

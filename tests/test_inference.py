@@ -14,7 +14,6 @@ import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +23,7 @@ from strokes import drawn
 
 import CNN
 import inference
+from inference import Picture
 from picture import prepare
 
 HOSTILE = (  # names that paths can have on Linux, each of a picture
@@ -130,20 +130,22 @@ def test_links_to_folders_are_passed_over(run, tmp_path):
 
 
 def test_memory_stays_flat_over_many_pictures(run, tmp_path, monkeypatch):
-    def schedule(work: Callable, arguments: tuple, timeout: float) -> Future:
-        task, paths, _ = arguments
-        future = Future()
-        if task.func is inference.look_again:
-            future.set_result([[] for _ in paths])
-            return future
-        thumbnail = "x" * 10_000
-        future.set_result(
-            [inference.Look(path, error=inference.BLANK, thumbnail=thumbnail) for path in paths]
-        )
-        return future
+    class Pool:
+        """Of workers that find every picture blank."""
 
-    pool = SimpleNamespace(schedule=schedule, stop=lambda: None, join=lambda: None)
-    monkeypatch.setattr(inference, "start_pool", lambda workers: pool)
+        def __init__(self, *arguments: object, **options: object) -> None:
+            self.stop = self.join = lambda: None
+
+        def schedule(self, work: Callable, arguments: tuple = (), timeout: float = 0) -> Future:
+            future = Future()
+            if work is inference.do_all:
+                task, paths, _ = arguments
+                blank = Picture("", error=inference.BLANK, thumbnail="x" * 10_000)
+                is_first = task.func is inference.read_picture
+                future.set_result([blank._replace(path=p) if is_first else [] for p in paths])
+            return future
+
+    monkeypatch.setattr(inference, "ProcessPool", Pool)
     (tmp_path / "in").mkdir()
     for i in range(5000):
         (tmp_path / "in" / f"{i}.png").touch()
