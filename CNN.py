@@ -33,61 +33,55 @@ EMNIST_DIGIT_PRIOR = 240_000 / 364_800  # digits among EMNIST's training images
 
 @dataclass(frozen=True)
 class Architecture:
-    """Two convolutional blocks of the same layers, and a head, each layer a word.
+    """Two convolutional blocks of the same layers, and a head, before the last layer.
 
-    conv, linear, norm, pool (which halves the side; one in a block), relu, drop.
+    Layers have their names in torch.nn; those with weights give as many outputs as their block or
+    head. MaxPool2d, one in a block, halves the side.
     """
 
     block: str
     head: str
-    channels: tuple[int, int] = (32, 64)
-    kernel: int = 5
-    padding: int = 0
-    hidden: int = 1024
+    channels: tuple[int, int] = (32, 64)  # that the blocks give
+    kernel: int = 5  # px
+    padding: int = 0  # px
+    side: int = 1  # px, of what the second block gives
+    hidden: int = 1024  # outputs of the head
 
 
-BLOCK = "conv norm pool relu conv norm relu drop"  # pool before relu: same values, cheaper
-HEAD = "linear norm relu drop"
+BLOCK = "Conv2d BatchNorm2d MaxPool2d ReLU Conv2d BatchNorm2d ReLU Dropout"  # pooled first: cheaper
+HEAD = "Linear BatchNorm1d ReLU Dropout"
 ARCHITECTURES = {
-    "default": Architecture(BLOCK, HEAD, (48, 96), kernel=3, padding=1, hidden=384),
-    "large": Architecture(BLOCK, HEAD, (64, 128), kernel=3, padding=1, hidden=1536),
+    "default": Architecture(BLOCK, HEAD, (48, 96), kernel=3, padding=1, side=7, hidden=384),
+    "large": Architecture(BLOCK, HEAD, (64, 128), kernel=3, padding=1, side=7, hidden=1536),
     # of the original project, named after the runs that its README tells of
-    "run1": Architecture("conv relu norm drop pool", ""),
-    "run7": Architecture("conv relu conv relu norm pool drop", "linear norm relu drop"),
+    "run1": Architecture("Conv2d ReLU BatchNorm2d Dropout MaxPool2d", head="", side=4),
+    "run7": Architecture("Conv2d ReLU Conv2d ReLU BatchNorm2d MaxPool2d Dropout", HEAD),
     "run8": Architecture(
-        "conv relu conv relu norm pool norm drop", "linear relu norm linear relu norm drop"
+        "Conv2d ReLU Conv2d ReLU BatchNorm2d MaxPool2d BatchNorm2d Dropout",
+        "Linear ReLU BatchNorm1d Linear ReLU BatchNorm1d Dropout",
     ),
 }
 DROPOUT = 0.28  # the original project's
 
 
 def build_layers(
-    words: str, architecture: Architecture, inputs: int, outputs: int, dropout: float
+    names: str, architecture: Architecture, inputs: int, outputs: int, dropout: float
 ) -> nn.Sequential:
-    """Build the layers that `words` name: of a block on images, or of the head on vectors.
-
-    inputs, outputs: channels of what comes in and of what every layer with weights gives.
-    """
-    is_block = "conv" in words
-    layers: list[nn.Module] = []
-    for word in words.split():
-        if word == "conv":
-            kernel, padding = architecture.kernel, architecture.padding
-            layers.append(nn.Conv2d(inputs, outputs, kernel, padding=padding))
+    """Build the named layers of a block or a head, from its number of inputs to that of outputs."""
+    layers = []
+    for name in names.split():
+        arguments = {
+            "Conv2d": (inputs, outputs, architecture.kernel, 1, architecture.padding),
+            "Linear": (inputs, outputs),
+            "BatchNorm2d": (outputs,),
+            "BatchNorm1d": (outputs,),
+            "MaxPool2d": (2,),
+            "ReLU": (),
+            "Dropout": (dropout,),
+        }
+        layers.append(getattr(nn, name)(*arguments[name]))
+        if name in ("Conv2d", "Linear"):
             inputs = outputs
-        elif word == "linear":
-            layers.append(nn.Linear(inputs, outputs))
-            inputs = outputs
-        elif word == "norm":
-            layers.append(nn.BatchNorm2d(outputs) if is_block else nn.BatchNorm1d(outputs))
-        elif word == "pool":
-            layers.append(nn.MaxPool2d(2))
-        elif word == "relu":
-            layers.append(nn.ReLU())
-        elif word == "drop":
-            layers.append(nn.Dropout(dropout))
-        else:
-            raise ValueError(f"no layer {word!r}")
     return nn.Sequential(*layers)
 
 
@@ -139,18 +133,12 @@ class Net(nn.Module):
 
     def __init__(self, arch: str = "default", *, dropout: float = DROPOUT, xavier: bool = True):
         super().__init__()
-        if arch not in ARCHITECTURES:
-            raise ValueError(f"no architecture {arch!r}: expected one of {list(ARCHITECTURES)}")
-        self.card = Card(arch)
         shape = ARCHITECTURES[arch]
+        self.card = Card(arch)
         middle, last = shape.channels
         self.layer1 = build_layers(shape.block, shape, 1, middle, dropout)
         self.layer2 = build_layers(shape.block, shape, middle, last, dropout)
-        side = SIZE  # px, of what a block gives
-        for _ in range(2):
-            side -= shape.block.split().count("conv") * (shape.kernel - 1 - 2 * shape.padding)
-            side //= 2
-        flat = last * side * side
+        flat = last * shape.side**2
         self.fc1 = build_layers(shape.head, shape, flat, shape.hidden, dropout)
         self.fc2 = nn.Linear(shape.hidden if shape.head else flat, len(ALPHABET))
         if xavier:
@@ -160,8 +148,6 @@ class Net(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Return what the last layer sees, (N, D), of images (N, 1, 28, 28): ink in [0, 1]."""
-        if images.shape[1:] != (1, SIZE, SIZE):
-            raise ValueError(f"images of shape {tuple(images.shape)}: expected (N, 1, 28, 28)")
         x = (images - self.card.mean) / self.card.std
         x = self.layer1(x)  # (N, 48, 14, 14) with the default net
         x = self.layer2(x)  # (N, 96, 7, 7)
@@ -301,12 +287,12 @@ def find_lookalikes(confusion: Tensor) -> list[str]:
     """
     counts = confusion.sum(1)
     rates = (confusion + confusion.T) / torch.minimum(counts[:, None], counts).clamp(1)
-    groups = [{i} for i in range(len(ALPHABET))]
+    groups = list(ALPHABET)  # of each character, those in its group
     for i, j in (rates.triu(1) >= LOOKALIKE_RATE).nonzero().tolist():
-        joined = groups[i] | groups[j]
+        joined = "".join(sorted({*groups[i], *groups[j]}))
         for member in joined:
-            groups[member] = joined
-    return sorted({"".join(ALPHABET[i] for i in sorted(one)) for one in groups if len(one) > 1})
+            groups[ALPHABET.index(member)] = joined
+    return sorted({group for group in groups if len(group) > 1})
 
 
 # What is typical of a class
@@ -332,21 +318,22 @@ def compute_statistics(
     The covariance within classes is pooled and shrunk (after Ledoit and Wolf 2004), so that it can
     be inverted. Quantiles of the distance are those of validation, to the class answered.
     """
+    features = features.cpu()  # where doubles are, which Apple's GPUs lack
+    labels = labels.cpu()
     units = F.normalize(features.double(), eps=1e-6)
     means = torch.stack([units[labels == i].mean(0) for i in range(len(ALPHABET))])
     spread = units - means[labels]
     covariance = spread.T @ spread / len(spread)  # (D, D)
-    even = torch.eye(len(covariance), device=units.device) * covariance.diagonal().mean()
+    even = torch.eye(len(covariance)) * covariance.diagonal().mean()
     covariance = torch.lerp(covariance, even.double(), SHRINKAGE)
     # W of W W' = covariance^-1, so that |xW - mW|^2 = (x - m) covariance^-1 (x - m)'
     whitening = torch.linalg.cholesky(torch.linalg.inv(covariance))
     whitened_means = (means @ whitening).float()
     whitening = whitening.float()
-    distances = square_distances(whiten(validation_features, whitening), whitened_means)
-    distances = distances.gather(1, validation_answers[:, None])
-    quantiles = torch.quantile(distances.flatten(), torch.tensor([0.5, 0.95], device=units.device))
-    median, quantile95 = quantiles.tolist()
-    return ClassStatistics(whitening.cpu(), whitened_means.cpu(), median, quantile95)
+    distances = square_distances(whiten(validation_features.cpu(), whitening), whitened_means)
+    distances = distances.gather(1, validation_answers.cpu()[:, None]).flatten()
+    median, quantile95 = torch.quantile(distances, torch.tensor([0.5, 0.95])).tolist()
+    return ClassStatistics(whitening, whitened_means, median, quantile95)
 
 
 # The weights file
@@ -392,18 +379,14 @@ def load(path: Path, device: torch.device | str = "cpu") -> Net:
     return net.eval().to(device)
 
 
-OLD_NAMES = {"figures": "metrics", "digits": "digit_prior"}  # in files before 2026-11-26
-
-
 def _load_ours(content: dict) -> Net:
-    content = {OLD_NAMES.get(name, name): value for name, value in content.items()}
-    known = {one.name: content[one.name] for one in fields(Card) if one.name in content}
-    if known.get("statistics"):
-        known["statistics"] = ClassStatistics(**known["statistics"])
-    card = Card(**known)
+    """Build the net of a file that `save` wrote; what only other versions know is passed over."""
+    card = Card(**{one.name: content[one.name] for one in fields(Card) if one.name in content})
+    if card.statistics is not None:
+        card.statistics = ClassStatistics(**card.statistics)
     if card.alphabet != ALPHABET:
         raise ValueError(f"alphabet {card.alphabet}: expected {ALPHABET}")
-    net = Net(content["arch"])
+    net = Net(card.arch)
     net.card = card
     net.load_state_dict(content["state_dict"])
     return net

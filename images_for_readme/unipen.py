@@ -11,6 +11,7 @@ et al. 1994, doi 10.1109/ICPR.1994.576870. Neither its files nor the pictures ar
 import random
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -24,8 +25,7 @@ CREDIT = (
     "CC BY 4.0, doi 10.5281/zenodo.1195803"
 )
 WRITER_LIMIT = 400  # characters of one writer; two writers have 8,876
-WIDEST = 4  # times its height: no character is wider
-NARROWEST = 1 / 5  # of its height: none is narrower but those of NARROW_CLASSES
+ASPECT_LIMITS = (1 / 5, 4)  # width over height of a character; those of NARROW_CLASSES are slimmer
 NARROW_CLASSES = "1IJLijlft"
 FRAGMENTED_PROVIDER = "ibm"  # where strokes of a character are sometimes labelled one by one
 FRAGMENT_GAP = 2  # components from one of them to the next
@@ -33,7 +33,7 @@ FRAGMENT_GAP = 2  # components from one of them to the next
 CHARACTER_LENGTH = 60  # px, longer side of a drawn character without the pen's width
 MARGIN = 14  # px of paper around it
 PEN_WIDTHS = (0.05, 0.12)  # of the character's length, drawn from a log-uniform distribution
-POINT_DISTANCE = 1 / 40  # of the character's length, between the points of a smoothed stroke
+POINT_DISTANCE = 1.5  # px, between the points of a smoothed stroke
 SMOOTHING_PASSES = 3  # of the kernel (1, 2, 1) / 4: some of the tablets had 72 dpi
 SUBPIXEL_BITS = 4  # of the coordinates that OpenCV draws at
 
@@ -41,9 +41,9 @@ SUBPIXEL_BITS = 4  # of the coordinates that OpenCV draws at
 class Component(NamedTuple):
     """What the pen wrote, or passed over, between two changes of its state."""
 
-    down: bool
+    is_down: bool
     writer: str
-    lines: list[str]  # its points, as text
+    numbers: list[str]  # x, y and more of each point
 
 
 class Character(NamedTuple):
@@ -63,42 +63,39 @@ def read_lines(path: Path, includes: dict[str, Path]) -> Iterator[str]:
             yield line
 
 
-def read_characters(path: Path, provider: str, includes: dict[str, Path]) -> list[Character]:
-    """Read a file of the distribution's data/; the first two numbers of a point are x and y."""
+def read_characters(path: Path, provider: str, includes: dict[str, Path]) -> Iterator[Character]:
+    """Yield the characters of a file of the distribution's data/."""
     writer = path.stem
-    columns = 2  # of a point
+    columns = 2  # of a point; the first two are x and y
     resolution = {"X": 1.0, "Y": 1.0}  # points per inch or mm; one provider's differ
-    components: list[Component] = []
-    segments: list[tuple[str, str]] = []  # which components, label
-    in_component = False
+    components = []
+    segments = []  # which components, label
+    numbers: list[str] = []
     for line in read_lines(path, includes):
-        if not line.startswith("."):
-            if in_component and line.strip():
-                components[-1].lines.append(line)
-            continue
         words = line.split()
-        in_component = words[0] in (".PEN_DOWN", ".PEN_UP")
-        if in_component:
-            components.append(Component(words[0] == ".PEN_DOWN", writer, []))
-        elif words[0] == ".WRITER_ID":
-            writer = words[1]
-        elif words[0] == ".COORD":
-            columns = len(words) - 1
-        elif match := re.match(r"\.([XY])_POINTS_PER_", line):
-            resolution[match[1]] = float(words[1])
-        elif match := re.match(r'\.SEGMENT CHARACTER (\S+) .*"(\w)"', line):
-            segments.append((match[1], match[2]))
-
+        if not line.startswith("."):
+            numbers += words
+            continue
+        numbers = []
+        match words:
+            case [".PEN_DOWN" | ".PEN_UP" as pen, *_]:
+                components.append(Component(pen == ".PEN_DOWN", writer, numbers))
+            case [".WRITER_ID", name, *_]:
+                writer = name
+            case [".COORD", *names]:
+                columns = len(names)
+            case [keyword, value, *_] if "_POINTS_PER_" in keyword:
+                resolution[keyword[1]] = float(value)
+            case [".SEGMENT", "CHARACTER", extent, *_, label] if re.fullmatch(r'"\w"', label):
+                segments.append((extent, label[1]))
     if provider == FRAGMENTED_PROVIDER:
         segments = without_fragments(segments)
-    components = [component for component in components if component.lines]  # as they are counted
+    components = [component for component in components if component.numbers]  # as they are counted
     scale = np.array([resolution["Y"] / resolution["X"], -1])  # in the files y grows upwards
-    characters = []
     for extent, label in segments:
-        strokes = [points * scale for points in read_strokes(extent, components, columns)]
         writer = components[int(re.match(r"\d+", extent)[0])].writer
-        characters.append(Character(label, f"{provider}_{writer}", strokes))
-    return characters
+        strokes = [points * scale for points in find_strokes(extent, components, columns)]
+        yield Character(label, f"{provider}_{writer}", strokes)
 
 
 def without_fragments(segments: list[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -111,31 +108,31 @@ def without_fragments(segments: list[tuple[str, str]]) -> list[tuple[str, str]]:
     return [segment for segment in segments if segment not in fragments]
 
 
-def read_strokes(extent: str, components: list[Component], columns: int) -> Iterator[np.ndarray]:
+def find_strokes(extent: str, components: list[Component], columns: int) -> Iterator[np.ndarray]:
     """Yield the strokes (points, 2) of a segment, such as 3-4, 3:5-4:10 (points) or 3,7-8."""
     for part in extent.split(","):
         start, _, end = part.partition("-")
         first, _, first_point = start.partition(":")
-        last, _, last_point = (end or start).partition(":")
+        last, _, last_point = (end or first).partition(":")
         for number in range(int(first), int(last) + 1):
-            numbers = " ".join(components[number].lines).split()
-            points = np.array(numbers, float).reshape(-1, columns)[:, :2]
-            if last_point and end and number == int(last):
+            component = components[number]
+            points = np.array(component.numbers, float).reshape(-1, columns)[:, :2]
+            if last_point and number == int(last):
                 points = points[: int(last_point) + 1]
             if first_point and number == int(first):
                 points = points[int(first_point) :]
-            if components[number].down and len(points):
+            if component.is_down and len(points):
                 yield points
 
 
 def is_plausible(character: Character) -> bool:
     """Say whether a character has points enough, and a width and height that its class allows."""
-    points = np.concatenate([*character.strokes, np.empty((0, 2))])
-    if len(points) < 3:
+    if sum(map(len, character.strokes)) < 3:
         return False
-    width, height = np.ptp(points, axis=0)
-    too_narrow = width < NARROWEST * height and character.label not in NARROW_CLASSES
-    return max(width, height) > 0 and width <= WIDEST * height and not too_narrow
+    width, height = np.ptp(np.concatenate(character.strokes), axis=0)
+    narrowest, widest = ASPECT_LIMITS
+    too_narrow = width < narrowest * height and character.label not in NARROW_CLASSES
+    return max(width, height) > 0 and width <= widest * height and not too_narrow
 
 
 def smooth(stroke: np.ndarray, distance: float) -> np.ndarray:
@@ -153,13 +150,12 @@ def draw(character: Character, pen_width: float) -> np.ndarray:
     """Draw a character in black on white: (H, W) uint8; pen_width is a fraction of its length."""
     points = np.concatenate(character.strokes)
     scale = CHARACTER_LENGTH / np.ptp(points, axis=0).max()
-    corner = points.min(axis=0)
     width, height = np.ptp(points, axis=0) * scale + 2 * MARGIN
     picture = np.full((round(height), round(width)), 255, np.uint8)
     thickness = round(pen_width * CHARACTER_LENGTH)
     for stroke in character.strokes:
-        places = (smooth(stroke, POINT_DISTANCE / scale * CHARACTER_LENGTH) - corner) * scale
-        fixed = np.int32(np.round((places + MARGIN) * 2**SUBPIXEL_BITS))
+        places = smooth((stroke - points.min(axis=0)) * scale, POINT_DISTANCE) + MARGIN
+        fixed = np.int32(np.round(places * 2**SUBPIXEL_BITS))
         cv2.polylines(picture, [fixed], False, 0, thickness, cv2.LINE_AA, SUBPIXEL_BITS)
     return picture
 
@@ -167,14 +163,13 @@ def draw(character: Character, pen_width: float) -> np.ndarray:
 def read_distribution(folder: Path) -> dict[str, list[Character]]:
     """Return the plausible characters of a distribution by writer."""
     included = folder / "include"
-    names = ((str(path.relative_to(included)).lower(), path) for path in included.rglob("*.*"))
-    includes = dict(names)
-    by_writer: dict[str, list[Character]] = {}
-    for category in ("1a", "1b", "1c"):  # isolated digits, capitals, lower case
-        for path in sorted((folder / "data" / category).rglob("*.dat")):
-            provider = path.relative_to(folder / "data" / category).parts[0]
-            for character in filter(is_plausible, read_characters(path, provider, includes)):
-                by_writer.setdefault(character.writer, []).append(character)
+    includes = {str(path.relative_to(included)).lower(): path for path in included.rglob("*.*")}
+    by_writer = defaultdict(list)
+    for path in sorted((folder / "data").glob("1[abc]/**/*.dat")):  # digits, capitals, lower case
+        provider = path.relative_to(folder / "data").parts[1]
+        for character in read_characters(path, provider, includes):
+            if is_plausible(character):
+                by_writer[character.writer].append(character)
     return by_writer
 
 
