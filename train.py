@@ -66,9 +66,7 @@ class Config:
     schedule: str = setting("cosine", "learning rate after it", choices=["cosine", "constant"])
     dropout: float = setting(CNN.DROPOUT, "dropout probability", (0, 0.9))
     augment: str = setting("warp,stroke,resolution,tone", "augmentations, by comma, or none")
-    outliers: float = setting(
-        0.05, "images of no character, added to a batch, as a fraction of it", (0, 0.5)
-    )
+    outliers: float = setting(0.05, "fraction of images of no character, added", (0, 0.5))
     ema: float = setting(0.999, "decay of the moving average of weights; 0: none", (0, 0.999999))
     xavier: bool = setting(True, "Xavier initialisation rather than torch's own", action=FLAG)
     precision: str = setting("auto", "arithmetic", choices=["auto", "float32", "bfloat16"])
@@ -336,13 +334,13 @@ def batches(split: Split, step: int, config: Config, machine: Machine) -> Iterat
         order = order.to(machine.device)
         for first in range(0, per_epoch, chunk_steps):
             rows = order[first : first + chunk_steps]  # (steps, B)
-            trained = max(0, step - epoch * per_epoch - first)  # batches of this chunk, before
-            if trained >= len(rows):
+            done = max(0, step - epoch * per_epoch - first)  # batches of this chunk
+            if done >= len(rows):
                 continue
             torch.manual_seed(hash((config.seed, machine.rank, epoch, first)))
             labels = split.labels[rows]
             images = make_batches(split.images[rows], labels, config)
-            for i in range(trained, len(rows)):
+            for i in range(done, len(rows)):
                 yield images[i].contiguous(memory_format=torch.channels_last), labels[i]
 
 
@@ -831,7 +829,8 @@ def finish_epoch(state: State, validation: Split, speed: float, machine: Machine
     logits, _ = CNN.predict(state.average, validation.images, machine.precision)
     metrics = CNN.compute_metrics(logits, validation.labels)
     epoch = len(state.history) + 1
-    loss = state.loss.item() * epoch / state.step  # mean over the steps of the epoch
+    steps = state.step // epoch  # of one epoch
+    loss = state.loss.item() / steps
     if all(metrics["nll"] < earlier["nll"] for earlier in state.history):
         state.best = {key: value.clone() for key, value in state.average.state_dict().items()}
     state.history.append({"epoch": epoch, "loss": loss, "images/s": speed, **metrics})
