@@ -11,30 +11,25 @@ chooses the epoch; test is read once, at the end.
 
 import argparse
 import csv
-import fnmatch
-import gzip
 import math
 import os
-import shutil
 import signal
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn
-from zipfile import ZipFile
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torchvision.datasets import EMNIST
-from torchvision.datasets.utils import calculate_md5, download_url
 from tqdm import tqdm
 
 import CNN
@@ -71,9 +66,7 @@ class Config:
     schedule: str = setting("cosine", "learning rate after it", choices=["cosine", "constant"])
     dropout: float = setting(CNN.DROPOUT, "dropout probability", (0, 0.9))
     augment: str = setting("warp,stroke,resolution,tone", "augmentations, by comma, or none")
-    outliers: float = setting(
-        0.05, "images of no character, added to a batch, as a fraction of it", (0, 0.5)
-    )
+    outliers: float = setting(0.05, "fraction of images of no character, added", (0, 0.5))
     ema: float = setting(0.999, "decay of the moving average of weights; 0: none", (0, 0.999999))
     xavier: bool = setting(True, "Xavier initialisation rather than torch's own", action=FLAG)
     precision: str = setting("auto", "arithmetic", choices=["auto", "float32", "bfloat16"])
@@ -93,12 +86,12 @@ class Config:
         return self.out.with_name(self.out.name.removesuffix(".pt") + ".checkpoint.pt")
 
     @property
-    def bound(self) -> dict[str, object]:
-        """Return what makes a run what it is, and --resume must find unchanged."""
+    def recipe(self) -> dict[str, object]:
+        """Return the settings that decide the result; --resume must find them unchanged."""
         values = asdict(self)
-        for free in ("data", "out", "device", "compile", "wandb", "resume"):
-            del values[free]
-        return {k: v if isinstance(v, (str, int, float)) else str(v) for k, v in values.items()}
+        for name in ("data", "out", "device", "compile", "wandb", "resume"):
+            del values[name]
+        return values | {"init": str(self.init), "extra": str(self.extra)}
 
 
 def parse(argv: list[str] | None = None) -> Config:
@@ -147,7 +140,11 @@ def set_up(config: Config) -> Machine:
         precision = getattr(torch, config.precision)
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return Machine(device, precision)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # NCCL wants a GPU for each rank; one that is named by its number is shared by all
+    own_gpu = device.type == "cuda" and ":" not in config.device
+    dist.init_process_group("nccl" if own_gpu else "gloo")
     return Machine(device, precision, dist.get_rank(), dist.get_world_size())
 
 
@@ -173,7 +170,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 VALIDATION_ONE_IN = 20  # about 5 % of train
 DOWNLOAD_PATIENCE = 30  # seconds without a byte; torchvision would wait for ever
-WANTED = "emnist-[dl]*-ubyte"  # digits and letters: 8 files
 
 
 class Split(NamedTuple):
@@ -185,37 +181,26 @@ class Split(NamedTuple):
 
 
 def ensure_emnist(root: Path) -> None:
-    """Put EMNIST's digits and letters under root, unless they are there.
+    """Let torchvision download and unpack EMNIST, unless its digits and letters are there.
 
-    They come from root/gzip.zip, which is only read, or from the network.
+    All lies in root/EMNIST/raw. A whole gzip.zip that somebody put there is not downloaded again.
     """
     raw = root / "EMNIST" / "raw"
-    if len(list(raw.glob(WANTED))) == 8:
+    if len(list(raw.glob("emnist-[dl]*-ubyte"))) == 8:
         return
-    raw.mkdir(parents=True, exist_ok=True)
-    archive = root / "gzip.zip"
-    with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as scratch:
-        if not archive.exists():
-            say(f"{root}: EMNIST is not there yet: {EMNIST.url}, 562 MB")
-            socket.setdefaulttimeout(DOWNLOAD_PATIENCE)
-            download_url(EMNIST.url, scratch, "gzip.zip", EMNIST.md5)
-            archive = Path(scratch, "gzip.zip")
-        elif (found := calculate_md5(archive)) != EMNIST.md5:
-            remedy = f"delete it, or put {EMNIST.url} in its place"
-            fail(str(archive), f"its MD5 is {found}, not {EMNIST.md5}", remedy)
-        with ZipFile(archive) as packed:
-            for name in fnmatch.filter(packed.namelist(), f"gzip/{WANTED}.gz"):
-                target = Path(scratch, Path(name).stem)
-                with gzip.open(packed.open(name)) as source, open(target, "wb") as file:
-                    shutil.copyfileobj(source, file)
-        for path in Path(scratch).glob(WANTED):
-            path.replace(raw / path.name)
+    say(f"EMNIST is not in {raw} yet: {EMNIST.url}, 562 MB")
+    socket.setdefaulttimeout(DOWNLOAD_PATIENCE)
+    for split in ("digits", "letters"):
+        EMNIST(root, split=split, train=True, download=True)
+        EMNIST(root, split=split, train=False, download=True)
+    for path in raw.glob("emnist-[bm]*-ubyte"):  # the other splits, 1.4 GB
+        path.unlink()
 
 
 def read_emnist(root: Path, train: bool) -> Split:
     """Merge EMNIST's digits and letters: its images turned upright, its letters after 9."""
-    digits = EMNIST(str(root), split="digits", train=train)
-    letters = EMNIST(str(root), split="letters", train=train)
+    digits = EMNIST(root, split="digits", train=train)
+    letters = EMNIST(root, split="letters", train=train)
     images = torch.cat([digits.data, letters.data]).transpose(1, 2).contiguous()
     labels = torch.cat([digits.targets, letters.targets + 9])  # EMNIST's letters are 1 to 26
     return Split(images, labels)
@@ -237,32 +222,30 @@ def held_out(images: Tensor) -> Tensor:
 def load_splits(config: Config, machine: Machine) -> tuple[Split, ...]:
     """Return train, validation and test, resident on the device."""
     if config.batch_size % machine.world or config.batch_size < 2 * machine.world:
-        what = f"--batch-size {config.batch_size}"
-        fail(
-            what, f"{machine.world} processes", "choose one that they can share, two each at least"
-        )
+        found = f"{machine.world} processes"
+        remedy = "choose one that they can share, two each at least"
+        fail(f"--batch-size {config.batch_size}", found, remedy)
     extra = list_extra(config.extra) if config.extra else []
-    remedy = f"put {EMNIST.url} (562 MB) into {config.data} by other means and start again"
     try:
         if machine.rank == 0:
             ensure_emnist(config.data)
         if machine.world > 1:
             dist.barrier()
-        remedy = f"delete {config.data / 'EMNIST'} and start again: it is fetched anew"
         both = read_emnist(config.data, train=True)
         test = read_emnist(config.data, train=False)
     except Exception as error:  # whatever network, disk and damaged files may bring
         if is_out_of_memory(error):
             raise
+        raw = config.data / "EMNIST" / "raw"
+        remedy = f"delete all but gzip.zip in {raw} and start again; "
+        remedy += f"without a network, put {EMNIST.url} (562 MB) there first"
         fail(f"no EMNIST in {config.data}", error, remedy)
 
     held = held_out(both.images)
     training = Split(both.images[~held], both.labels[~held])
-    if config.batch_size > len(training.labels):
-        found = f"{len(training.labels)} images"
-        fail(f"--batch-size {config.batch_size}", found, "choose a smaller one")
-    training = add_extra(training, extra) if extra else training
     validation = Split(both.images[held], both.labels[held])
+    if extra:
+        training = add_extra(training, extra)
     splits = (training, validation, test)
     return tuple(Split(x.to(machine.device), y.to(machine.device), n) for x, y, n in splits)
 
@@ -273,8 +256,9 @@ def list_extra(source: Path) -> list[tuple[str, int]]:
     source: a folder of folders named by character, as torchvision's ImageFolder has them, or a csv
     of path,character, as the page of inference.py --report saves corrections.
     """
-    named = [(str(path), path.parent.name) for path in sorted(source.glob("*/*"))]
-    if not source.is_dir():
+    if source.is_dir():
+        named = [(str(path), path.parent.name) for path in sorted(source.glob("*/*"))]
+    else:
         named = read_corrections(source)
     if not named:
         fail(f"--extra {source}", "no pictures", "put them into folders, as in A/any_name.png")
@@ -286,22 +270,13 @@ def list_extra(source: Path) -> list[tuple[str, int]]:
 
 def read_corrections(source: Path) -> list[tuple[str, str]]:
     """Return paths and characters of a csv; paths may be any bytes."""
-    line = 1
     try:
         with open(source, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            rows = csv.reader(file)
-            header = next(rows, [])
-            path = header.index("path")
-            character = header.index("character")
-            named = []
-            for row in rows:
-                line = rows.line_num
-                if row:
-                    named.append((row[path], row[character]))
-    except (OSError, ValueError, IndexError, csv.Error) as error:
-        reason = f"line {line}: {error}"
+            rows = csv.DictReader(file, restval="")
+            return [(row["path"], row["character"]) for row in rows]
+    except (OSError, KeyError, csv.Error) as error:
+        reason = f"no column {error}" if isinstance(error, KeyError) else error
         fail(f"--extra {source}", reason, "give a csv, by comma, in UTF-8, headed path,character")
-    return named
 
 
 def add_extra(split: Split, labelled: list[tuple[str, int]]) -> Split:
@@ -332,14 +307,17 @@ def draw_epoch(split: Split, epoch: int, config: Config) -> Tensor:
     and stand first: the first half of a batch is what gets augmented.
     """
     generator = torch.Generator().manual_seed(hash((config.seed, epoch)))
-    extra_size = int(config.batch_size * config.extra_fraction) if split.extra else 0
+    emnist_count = len(split.labels) - split.extra
+    extra_size = math.ceil(config.batch_size * config.extra_fraction) if split.extra else 0
     emnist_size = config.batch_size - extra_size
-    count = len(split.labels) - split.extra
-    steps = count // emnist_size
-    order = torch.randperm(count, generator=generator)
-    order = order[: steps * emnist_size].view(steps, emnist_size)
-    extra = torch.randint(2**60, (steps, extra_size), generator=generator)
-    return torch.cat([count + extra % max(1, split.extra), order], dim=1)
+    steps = emnist_count // emnist_size
+    order = torch.randperm(emnist_count, generator=generator)[: steps * emnist_size]
+    rows = order.view(steps, emnist_size)
+    if split.extra:
+        size = (steps, extra_size)
+        extra_rows = torch.randint(emnist_count, len(split.labels), size, generator=generator)
+        rows = torch.cat([extra_rows, rows], dim=1)
+    return rows
 
 
 def batches(split: Split, step: int, config: Config, machine: Machine) -> Iterator[tuple]:
@@ -354,13 +332,15 @@ def batches(split: Split, step: int, config: Config, machine: Machine) -> Iterat
     for epoch in range(step // per_epoch, config.epochs):
         order = draw_epoch(split, epoch, config)[:, machine.rank :: machine.world]
         order = order.to(machine.device)
-        done = max(0, step - epoch * per_epoch)
-        for start in range(done - done % chunk_steps, per_epoch, chunk_steps):
-            torch.manual_seed(hash((config.seed, machine.rank, epoch, start)))
-            rows = order[start : start + chunk_steps]  # (steps, B)
+        for first in range(0, per_epoch, chunk_steps):
+            rows = order[first : first + chunk_steps]  # (steps, B)
+            done = max(0, step - epoch * per_epoch - first)  # batches of this chunk
+            if done >= len(rows):
+                continue
+            torch.manual_seed(hash((config.seed, machine.rank, epoch, first)))
             labels = split.labels[rows]
             images = make_batches(split.images[rows], labels, config)
-            for i in range(max(0, done - start), len(rows)):
+            for i in range(done, len(rows)):
                 yield images[i].contiguous(memory_format=torch.channels_last), labels[i]
 
 
@@ -492,51 +472,57 @@ def make_outliers(images: Tensor, labels: Tensor, count: int) -> Tensor:
     Source: outlier exposure, Hendrycks et al. 2019, arXiv 1812.04606.
     """
     device = images.device
-    shape_of = [next(i for i, group in enumerate(SHAPES) if c in group) for c in ALPHABET]
-    shapes = torch.tensor(shape_of, device=device)[labels]  # (N,)
+    # Draw pairs of characters; a fifth of them goes into each kind of outlier
+    shape_of = torch.empty(len(ALPHABET), dtype=torch.int64)
+    for shape, characters in enumerate(SHAPES):
+        shape_of[[ALPHABET.index(character) for character in characters]] = shape
+    shapes = shape_of.to(device)[labels]  # (N,)
     some = 1e-9  # weight of what does not fit, for small batches in which nothing does
-    chosen = torch.multinomial((shapes > 0) + some, count, replacement=True)
-    fitting = (shapes[chosen, None] != shapes) & (shapes > 0)  # (count, N)
-    others = torch.multinomial(fitting + some, 1).squeeze(1)
-    one = images[chosen].tensor_split(5)
-    other = images[others].tensor_split(5)
+    rows = torch.multinomial((shapes > 0) + some, count, replacement=True)
+    fitting = (shapes[rows, None] != shapes) & (shapes > 0)  # (count, N)
+    other_rows = torch.multinomial(fitting + some, 1).squeeze(1)
+    left, under, before, whole, _ = images[rows].tensor_split(5)
+    right, over, after, _, empty = images[other_rows].tensor_split(5)
 
     # Two side by side: bold ones, narrowed
-    width = torch.full((len(one[0]), 1), 0.45, device=device)
-    height = width + 0.3 * torch.rand_like(width)
-    shift = 0.4 + 0.1 * torch.rand_like(width)
-    left = squeeze(F.max_pool2d(one[0], 3, 1, 1), width, height, -shift)
-    right = squeeze(F.max_pool2d(other[0], 3, 1, 1), width, height, shift)
+    height = 0.45 + 0.3 * torch.rand(len(left), 1, 1, device=device)
+    shift = 0.4 + 0.1 * torch.rand(len(left), 1, 1, device=device)
+    left = squeeze(F.max_pool2d(left, 3, stride=1, padding=1), 0.45, height, -shift)
+    right = squeeze(F.max_pool2d(right, 3, stride=1, padding=1), 0.45, height, shift)
+    beside = torch.maximum(left, right)
+    # One over the other
+    overwritten = torch.maximum(under, over)
     # The right half of one and the left half of the next, as a bad crop has them
-    halves = torch.cat([one[2][..., SIZE // 2 :], other[2][..., : SIZE // 2]], dim=3)
-    scale = torch.full((len(halves), 1), 0.85, device=device)
-    # Four lines from side to side, and a curve through twelve points
-    zigzag = torch.rand(len(one[3]), 5, 2, device=device) * 1.5 - 0.75
-    zigzag[:, :, 0] = 0.4 + zigzag[:, :, 0].abs() / 2
-    zigzag[:, 1::2, 0] *= -1
-    points = torch.rand(len(one[4]), 2, 1, 12, device=device) * 1.7 - 0.85
+    halves = torch.cat([before[..., SIZE // 2 :], after[..., : SIZE // 2]], dim=3)
+    cropped = squeeze(halves, 0.85, 0.85, 0)
+    # One struck out by four lines from side to side
+    corners = torch.rand(len(whole), 5, 2, device=device) * 1.5 - 0.75
+    corners[:, :, 0] = 0.4 + corners[:, :, 0].abs() / 2
+    corners[:, 1::2, 0] *= -1
+    struck_out = torch.maximum(whole, draw_strokes(corners))
+    # A scribble: a curve through twelve points
+    points = torch.rand(len(empty), 2, 1, 12, device=device) * 1.7 - 0.85
     curve = F.interpolate(points, (1, 48), mode="bicubic").squeeze(2)  # (N, 2, 48)
-    parts = [
-        torch.maximum(left, right),
-        torch.maximum(one[1], other[1]),
-        squeeze(halves, scale, scale, 0 * scale),
-        torch.maximum(one[3], draw_strokes(zigzag)),  # struck out
-        draw_strokes(curve.transpose(1, 2)),  # a scribble
-    ]
-    return torch.cat(parts)
+    scribble = draw_strokes(curve.transpose(1, 2))
+    return torch.cat([beside, overwritten, cropped, struck_out, scribble])
 
 
-def squeeze(images: Tensor, width: Tensor, height: Tensor, shift: Tensor) -> Tensor:
-    """Scale images by width and height (N, 1), then move them by `shift` half sides."""
-    x = (pixel_centres(images) - shift) / width  # (N, 28)
-    y = pixel_centres(images) / height
-    grid = torch.stack([x[:, None].expand(-1, SIZE, -1), y[:, :, None].expand(-1, -1, SIZE)], 3)
+def squeeze(images: Tensor, width: float, height: Tensor | float, shift: Tensor | float) -> Tensor:
+    """Scale images by width and height, then move them right by `shift` half sides.
+
+    height and shift are numbers, or of each image its own (N, 1, 1).
+    """
+    centres = pixel_centres(images.device)
+    x = (centres - shift) / width  # where a pixel comes from
+    y = centres[:, None] / height
+    shape = (len(images), SIZE, SIZE)
+    grid = torch.stack([x.expand(shape), y.expand(shape)], dim=3)
     return F.grid_sample(images, grid, align_corners=False)
 
 
 def draw_strokes(points: Tensor) -> Tensor:
     """Draw lines through points (N, P, 2), x and y from -1 to 1, with a pen: (N, 1, 28, 28)."""
-    centres = pixel_centres(points)
+    centres = pixel_centres(points.device)
     pixels = torch.cartesian_prod(centres, centres).flip(1)  # (784, x and y)
     along = points.diff(dim=1)[:, None]  # (N, 1, P - 1, 2)
     offset = pixels[:, None] - points[:, None, :-1]  # (N, 784, P - 1, 2)
@@ -546,9 +532,9 @@ def draw_strokes(points: Tensor) -> Tensor:
     return (PEN_WIDTH / 2 + 0.5 - distance * SIZE / 2).clamp(0, 1).view(-1, 1, SIZE, SIZE)
 
 
-def pixel_centres(beside: Tensor) -> Tensor:
+def pixel_centres(device: torch.device) -> Tensor:
     """Return where the pixels' centres are, (28,): the unit is half a side, 0 the middle."""
-    return (torch.arange(SIZE, device=beside.device) + 0.5) * 2 / SIZE - 1
+    return (torch.arange(SIZE, device=device) + 0.5) * 2 / SIZE - 1
 
 
 # Learning rate and loss
@@ -599,6 +585,8 @@ def make_loss(net: Net, config: Config, machine: Machine) -> Callable[[Tensor, T
 
 # State and checkpoint
 
+EMNIST_CREDIT = "EMNIST, Cohen et al. 2017, arXiv 1702.05373"
+
 
 @dataclass
 class State:
@@ -615,27 +603,22 @@ class State:
     log_id: str | None = None  # of the run at Weights & Biases
 
 
-def load_init(path: Path) -> Net:
-    """Load the weights to start from; one line for the user where they are none."""
-    try:
-        return CNN.load(path)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"train.py: error: --init: {error}") from None
-
-
-def start(config: Config, machine: Machine, images: int) -> State:
-    """Return the state at step 0 of a training on so many images."""
+def create_state(config: Config, machine: Machine) -> State:
+    """Return the state at step 0."""
     torch.manual_seed(config.seed)
-    settings = dict(config.bound)
+    settings = config.recipe
     if config.init:
-        net = load_init(config.init).train()
-        settings["init_md5"] = calculate_md5(config.init)
+        try:
+            net = CNN.load(config.init).train()
+        except (OSError, ValueError) as error:
+            fail("--init", error, "choose another file")
         for layer in net.modules():
             if isinstance(layer, nn.Dropout):
                 layer.p = config.dropout
     else:
         net = Net(config.arch, dropout=config.dropout, xavier=config.xavier)
-    settings |= {"arch": net.card.arch, "pictures": images, "ranks": machine.world}
+    settings["arch"] = net.card.arch
+    net.card.credit = add_credits(net.card.credit, config.extra)
 
     net = net.to(machine.device, memory_format=torch.channels_last)
     average = deepcopy(net).requires_grad_(False)
@@ -644,6 +627,17 @@ def start(config: Config, machine: Machine, images: int) -> State:
     make_optimizer = OPTIMIZERS[config.optimizer]
     optimizer = make_optimizer(net.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     return State(net, average, optimizer, torch.zeros((), device=machine.device), settings)
+
+
+def add_credits(credit: str, extra: Path | None) -> str:
+    """Add EMNIST's credit, and CREDIT.txt's of the extra images, to that of the weights so far."""
+    credits = [EMNIST_CREDIT]
+    if extra and (extra / "CREDIT.txt").is_file():
+        credits.append((extra / "CREDIT.txt").read_text("utf-8", errors="replace").strip())
+    for added in credits:
+        if added not in credit:
+            credit = f"{credit}; {added}" if credit else added
+    return credit
 
 
 def save_checkpoint(state: State, path: Path) -> None:
@@ -662,26 +656,25 @@ def load_checkpoint(state: State, path: Path, device: torch.device) -> None:
     if not path.exists():
         say(f"--resume: no checkpoint at {path}: training from step 0")
         return
-    ours = state.settings
     try:
         content = torch.load(path, map_location=device, weights_only=True)
-        theirs = {"ranks": ours["ranks"], **content["settings"]}
-        changed = [f"{k} {theirs.get(k)}, not {ours[k]}" for k in ours if theirs.get(k) != ours[k]]
-        ranks = [line for line in changed if line.startswith("ranks ")]
-        if changed != ranks:
-            remedy = "pass the same settings and files"
-            fail(f"--resume: {path} was made with", ", ".join(changed), remedy)
+        settings = content.pop("settings")
+        changed = [
+            f"{name} {settings.get(name)}, not {value}"
+            for name, value in state.settings.items()
+            if settings.get(name) != value
+        ]
+        if changed:
+            what = f"--resume: {path} was made with"
+            fail(what, ", ".join(changed), "pass the same settings and files")
         for name in ("net", "average", "optimizer"):
-            vars(state)[name].load_state_dict(content.pop(name))
+            getattr(state, name).load_state_dict(content.pop(name))
     except Exception as error:  # whatever reading damaged bytes may raise
         if is_out_of_memory(error):
             raise
         fail(f"--resume: {path} is damaged", error, "delete it to train anew")
     vars(state).update(content)
-    state.settings["ranks"] = ours["ranks"]
     say(f"going on from {path}, step {state.step:,}")
-    if ranks:
-        say(f"warning: {ranks[0]}: this run can't be repeated bit for bit")
 
 
 # The log at Weights & Biases
@@ -693,61 +686,55 @@ class Log:
     """A run at Weights & Biases; where it is off, or has failed, nothing is done."""
 
     def __init__(self, config: Config, enabled: bool, run_id: str | None) -> None:
+        """Start a run as WANDB_MODE says, otherwise online if a key is known, or offline."""
         self.run = None
-        if enabled:
-            self._try(self._open, config, run_id)
+        if not enabled:
+            return
+        with self.give_up_on_errors():
+            import wandb  # takes a second, and not everyone has it
+
+            is_online = "WANDB_MODE" in os.environ or wandb.login(prompt=False, verify=False)
+            self.run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "emnist"),
+                id=run_id,
+                resume="allow",
+                mode=None if is_online else "offline",  # None: as WANDB_MODE says, or online
+                config={name: str(value) for name, value in asdict(config).items()},
+                settings=wandb.Settings(silent=True, console="off", init_timeout=LOG_PATIENCE),
+            )
+            sync = f"offline; send it with: wandb sync {Path(self.run.dir).parent}"
+            say(f"wandb: logging {sync if self.run.offline else self.run.url or 'nothing'}")
 
     def write(self, values: dict[str, float], step: int) -> None:
         if self.run:
-            self._try(self.run.log, values, step)
+            with self.give_up_on_errors():
+                self.run.log(values, step)
 
     def finish(self, metrics: dict, labels: Tensor, answers: Tensor, weights: Path) -> None:
         """Log the metrics of test, the confusions and the weights; wait until all is sent."""
-        if self.run:
-            self._try(self._finish, metrics, labels, answers, weights)
+        if not self.run:
+            return
+        with self.give_up_on_errors():
+            import wandb
 
-    def _try(self, action: Callable, *arguments: object) -> None:
-        """Do something with the run; warn if it fails, and be off from then on."""
+            self.run.summary.update({f"test/{name}": value for name, value in metrics.items()})
+            plot = wandb.plot.confusion_matrix
+            chart = plot(None, labels.tolist(), answers.tolist(), list(ALPHABET))
+            self.run.log({"test/confusion": chart})
+            artifact = wandb.Artifact("emnist-cnn", type="model")
+            artifact.add_file(str(weights), name="model.pt")
+            self.run.log_artifact(artifact)
+            self.run.finish()
+
+    @contextmanager
+    def give_up_on_errors(self) -> Iterator[None]:
+        """Warn of an error of wandb's, and be off from then on."""
         try:
-            action(*arguments)
+            yield
         except (Exception, SystemExit) as error:  # wandb raises that, too
             self.run = None
             reason = str(error).partition("\n")[0]
             say(f"warning: wandb: {reason}: training goes on without its log")
-
-    def _open(self, config: Config, run_id: str | None) -> None:
-        """Start a run as WANDB_MODE says, otherwise online if a key is known, or offline."""
-        import wandb  # takes a second, and not everyone has it
-
-        start = partial(
-            wandb.init,
-            project=os.environ.get("WANDB_PROJECT", "emnist"),
-            id=run_id,
-            resume="allow",
-            config={name: str(value) for name, value in asdict(config).items()},
-            settings=wandb.Settings(silent=True, console="off", init_timeout=LOG_PATIENCE),
-        )
-        if "WANDB_MODE" in os.environ or wandb.login(prompt=False, verify=False):
-            try:
-                self.run = start()
-            except Exception as error:  # of the network, the server, the key
-                reason = str(error).partition("\n")[0]
-                say(f"warning: wandb: {reason}: logging offline")
-        self.run = self.run or start(mode="offline")
-        sync = f"offline; send it with: wandb sync {Path(self.run.dir).parent}"
-        say(f"wandb: logging {sync if self.run.offline else self.run.url or 'nothing'}")
-
-    def _finish(self, metrics: dict, labels: Tensor, answers: Tensor, weights: Path) -> None:
-        import wandb
-
-        self.run.summary.update({f"test/{name}": value for name, value in metrics.items()})
-        plot = wandb.plot.confusion_matrix
-        chart = plot(None, labels.tolist(), answers.tolist(), list(ALPHABET))
-        self.run.log({"test/confusion": chart})
-        artifact = wandb.Artifact("emnist-cnn", type="model")
-        artifact.add_file(str(weights), name="model.pt")
-        self.run.log_artifact(artifact)
-        self.run.finish()
 
 
 # The loop
@@ -756,8 +743,12 @@ CHECKPOINT_SECONDS = 120
 REPORT_STEPS = 20  # between two looks at the loss, which wait for the device
 
 
-def note_signals() -> list[int]:
-    """Note SIGTERM and Ctrl-C, that a checkpoint may be written first; a second one is obeyed."""
+@contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """Give a list that notes SIGTERM and Ctrl-C, so that a checkpoint may be written first.
+
+    A second signal is obeyed at once, and so is any after the end of the context.
+    """
     noted: list[int] = []
     before = {}
 
@@ -767,7 +758,11 @@ def note_signals() -> list[int]:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         before[number] = signal.signal(number, note)
-    return noted
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def learn(
@@ -779,53 +774,54 @@ def learn(
     compute_loss = make_loss(state.net, config, machine)
     averaged = [x for x in state.average.state_dict().values() if x.is_floating_point()]
     current = [x for x in state.net.state_dict().values() if x.is_floating_point()]
-    noted = note_signals()
-    hidden = machine.rank > 0 or not sys.stderr.isatty()
+    hidden = True if machine.rank > 0 else None  # None: where stderr is no terminal
     bar = tqdm(total=steps, initial=state.step, disable=hidden)
     saved = time.monotonic()
     epoch_began = time.monotonic()
     epoch_first_step = state.step
-    for images, labels in batches(training, state.step, config, machine):
-        # Take a step
-        rate = learning_rate(state.step, steps, config)
-        for group in state.optimizer.param_groups:
-            group["lr"] = rate
-        loss = compute_loss(images, labels)
-        state.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        state.optimizer.step()
-        state.loss += loss.detach()
-        state.step += 1
+    with noted_signals() as noted:
+        for images, labels in batches(training, state.step, config, machine):
+            # Take a step
+            rate = learning_rate(state.step, steps, config)
+            for group in state.optimizer.param_groups:
+                group["lr"] = rate
+            loss = compute_loss(images, labels)
+            state.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            state.optimizer.step()
+            state.loss += loss.detach()
+            state.step += 1
 
-        # Let the average follow: faster in the first steps, so that it forgets the start
-        decay = min(config.ema, state.step / (state.step + 10))
-        torch._foreach_lerp_(averaged, current, 1 - decay)
+            # Let the average follow: faster in the first steps, so that it forgets the start
+            decay = min(config.ema, state.step / (state.step + 10))
+            torch._foreach_lerp_(averaged, current, 1 - decay)
 
-        # Report
-        bar.update()
-        ended = state.step % per_epoch == 0
-        if ended or state.step % REPORT_STEPS == 0:
-            value = loss.item()  # waits for the device
-            log.write({"train/loss": value, "lr": rate}, state.step)
-            if not math.isfinite(value):
-                fail("the loss is not finite", f"step {state.step}", "try a lower --lr")
+            # Report
+            bar.update()
+            ended = state.step % per_epoch == 0
+            if ended or state.step % REPORT_STEPS == 0:
+                value = loss.item()  # waits for the device
+                log.write({"train/loss": value, "lr": rate}, state.step)
+                if not math.isfinite(value):
+                    fail("the loss is not finite", f"step {state.step}", "try a lower --lr")
 
-        # End an epoch
-        if ended:
-            images_seen = (state.step - epoch_first_step) * config.batch_size
-            speed = images_seen / (time.monotonic() - epoch_began)
-            if machine.rank == 0:
-                finish_epoch(state, validation, speed, machine, log)
-            state.loss.zero_()
-            epoch_first_step = state.step
-            epoch_began = time.monotonic()
+            # End an epoch
+            if ended:
+                images_seen = (state.step - epoch_first_step) * config.batch_size
+                speed = images_seen / (time.monotonic() - epoch_began)
+                if machine.rank == 0:
+                    finish_epoch(state, validation, speed, machine, log)
+                state.loss.zero_()
+                epoch_first_step = state.step
+                epoch_began = time.monotonic()
 
-        # Save a checkpoint, and stop if asked to
-        if machine.rank == 0 and (ended or noted or time.monotonic() > saved + CHECKPOINT_SECONDS):
-            save_checkpoint(state, config.checkpoint)
-            saved = time.monotonic()
-            if noted:  # the other ranks end with this one
-                raise KeyboardInterrupt(noted[0])
+            # Save a checkpoint, and stop if asked to
+            due = ended or noted or time.monotonic() > saved + CHECKPOINT_SECONDS
+            if machine.rank == 0 and due:
+                save_checkpoint(state, config.checkpoint)
+                saved = time.monotonic()
+                if noted:  # the other ranks end with this one
+                    raise KeyboardInterrupt(noted[0])
 
 
 def finish_epoch(state: State, validation: Split, speed: float, machine: Machine, log: Log) -> None:
@@ -833,7 +829,8 @@ def finish_epoch(state: State, validation: Split, speed: float, machine: Machine
     logits, _ = CNN.predict(state.average, validation.images, machine.precision)
     metrics = CNN.compute_metrics(logits, validation.labels)
     epoch = len(state.history) + 1
-    loss = state.loss.item() * epoch / state.step
+    steps = state.step // epoch  # of one epoch
+    loss = state.loss.item() / steps
     if all(metrics["nll"] < earlier["nll"] for earlier in state.history):
         state.best = {key: value.clone() for key, value in state.average.state_dict().items()}
     state.history.append({"epoch": epoch, "loss": loss, "images/s": speed, **metrics})
@@ -847,7 +844,6 @@ def finish_epoch(state: State, validation: Split, speed: float, machine: Machine
 # The run
 
 STATISTICS_IMAGES = 1000  # of each class, un-augmented, EMNIST's; more change nothing
-EMNIST_CREDIT = "EMNIST, Cohen et al. 2017, arXiv 1702.05373"
 
 
 def train(config: Config) -> dict:
@@ -861,19 +857,20 @@ def train(config: Config) -> dict:
         fail(f"--out {config.out}", "can't be written there", "choose another file")
     if config.checkpoint.exists() and not config.resume:
         fail(f"{config.checkpoint}", "a training was cut short", "use --resume, or delete it")
-    if config.init:
-        load_init(config.init)
     machine = set_up(config)
+    state = create_state(config, machine)
 
     # Learn
     training, validation, test = load_splits(config, machine)
-    state = start(config, machine, len(training.labels))
+    state.settings["pictures"] = len(training.labels)
     if config.resume:
         load_checkpoint(state, config.checkpoint, machine.device)
     log = Log(config, config.wandb and machine.rank == 0, state.log_id)
     if log.run:
         state.log_id = log.run.id
     learn(state, training, validation, config, machine, log)
+    if dist.is_initialized():
+        dist.destroy_process_group()
     if machine.rank > 0:
         return {}
 
@@ -882,9 +879,6 @@ def train(config: Config) -> dict:
     net.load_state_dict(state.best)
     drawn = training.labels[draw_epoch(training, 0, config)]
     net.card.digit_prior = (drawn < CNN.DIGITS).float().mean().item()
-    net.card.credit = EMNIST_CREDIT
-    if config.extra and (config.extra / "CREDIT.txt").is_file():
-        net.card.credit += "; " + (config.extra / "CREDIT.txt").read_text("utf-8").strip()
     metrics = {"validation": fill_card(net, training, validation, machine)}
     logits, _ = CNN.predict(net, test.images, machine.precision)
     metrics["test"] = CNN.compute_metrics(logits / net.card.temperature, test.labels)

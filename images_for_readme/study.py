@@ -107,7 +107,7 @@ def find_config(record: dict) -> train.Config:
 
 def list_settings(config: train.Config) -> dict[str, object]:
     """Return all that makes a run what it is, defaults too, as they may change."""
-    settings = {name: value for name, value in config.bound.items() if value != "None"}
+    settings = {name: value for name, value in config.recipe.items() if value != "None"}
     if config.extra is None:
         del settings["extra_fraction"]
     return settings

@@ -30,7 +30,7 @@ def make_bare_step(
     config: Config, machine: Machine
 ) -> Callable[[torch.Tensor, torch.Tensor], None]:
     """Return forward and backward alone, in the arithmetic of the training."""
-    net = train.start(config, machine, config.batch_size).net
+    net = train.create_state(config, machine).net
     is_cuda = machine.device.type == "cuda"
     is_mixed = machine.precision != torch.float32
 
@@ -70,7 +70,7 @@ def compare(config: Config, machine: Machine, training: Split, steps: int, round
     batch = (images.to(memory_format=torch.channels_last), validation.labels)
     step = make_bare_step(config, machine)
     time_bare_step(step, batch, 3)  # to warm up
-    state = train.start(config, machine, count)
+    state = train.create_state(config, machine)
     bare_rates = []
     finish_epoch = train.finish_epoch
 
