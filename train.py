@@ -896,7 +896,9 @@ def train(config: Config) -> dict:
 def fill_card(net: Net, training: Split, validation: Split, machine: Machine) -> dict[str, float]:
     """Put on the card what validation tells of the net; return its calibrated metrics there."""
     logits, features = CNN.predict(net, validation.images, machine.precision)
-    net.card.temperature = CNN.calibrate(logits, validation.labels)
+    net.card.temperature, bias = CNN.calibrate(logits, validation.labels)
+    net.fc2.bias.data += bias
+    logits += bias
     net.card.lookalikes = CNN.find_lookalikes(CNN.count_confusions(logits, validation.labels))
     labels = training.labels[: len(training.labels) - training.extra]
     per_class = [(labels == i).nonzero()[:STATISTICS_IMAGES, 0] for i in range(len(ALPHABET))]
