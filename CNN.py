@@ -267,7 +267,9 @@ BIAS_PENALTY = 2.0  # nats, of a bias of 1 squared, over the whole split: by cro
 
 
 def calibrate(logits: Tensor, labels: Tensor) -> tuple[float, Tensor]:
-    """Return a temperature and a bias (classes,): the NLL of (logits + bias) / temperature is least.
+    """Return the temperature and the bias (classes,) by which the NLL of a split is least.
+
+    Calibrated logits are (logits + bias) / temperature.
 
     Large biases are held back by BIAS_PENALTY, as some confusions are rare. Source: bias-corrected
     temperature scaling, Alexandari, Kundaje and Shrikumar 2020, arXiv 1901.06852.

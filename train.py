@@ -244,6 +244,9 @@ def load_splits(config: Config, machine: Machine) -> tuple[Split, ...]:
     held = held_out(both.images)
     training = Split(both.images[~held], both.labels[~held])
     validation = Split(both.images[held], both.labels[held])
+    if config.batch_size > len(training.labels):
+        found = f"{len(training.labels)} images"
+        fail(f"--batch-size {config.batch_size}", found, "choose a smaller one")
     if extra:
         training = add_extra(training, extra)
     splits = (training, validation, test)
@@ -264,7 +267,7 @@ def list_extra(source: Path) -> list[tuple[str, int]]:
         fail(f"--extra {source}", "no pictures", "put them into folders, as in A/any_name.png")
     for path, character in named:
         if character.upper() not in list(ALPHABET):
-            fail(f"--extra {path}", f"{character!r} is no class", "name it 0-9 or A-Z")
+            fail(f"--extra {source}", f"{path}: {character!r} is no class", "name it 0-9 or A-Z")
     return [(path, ALPHABET.index(character.upper())) for path, character in named]
 
 
@@ -693,15 +696,21 @@ class Log:
         with self.give_up_on_errors():
             import wandb  # takes a second, and not everyone has it
 
-            is_online = "WANDB_MODE" in os.environ or wandb.login(prompt=False, verify=False)
-            self.run = wandb.init(
+            start = partial(
+                wandb.init,
                 project=os.environ.get("WANDB_PROJECT", "emnist"),
                 id=run_id,
                 resume="allow",
-                mode=None if is_online else "offline",  # None: as WANDB_MODE says, or online
                 config={name: str(value) for name, value in asdict(config).items()},
                 settings=wandb.Settings(silent=True, console="off", init_timeout=LOG_PATIENCE),
             )
+            if "WANDB_MODE" in os.environ or wandb.login(prompt=False, verify=False):
+                try:
+                    self.run = start()
+                except Exception as error:  # of the network, the server, the key
+                    reason = str(error).partition("\n")[0]
+                    say(f"warning: wandb: {reason}: logging offline")
+            self.run = self.run or start(mode="offline")
             sync = f"offline; send it with: wandb sync {Path(self.run.dir).parent}"
             say(f"wandb: logging {sync if self.run.offline else self.run.url or 'nothing'}")
 

@@ -96,7 +96,7 @@ def test_sorted_and_shuffled_folders_come_out_the_same(drawn, capfd, tmp_path, m
 
 @pytest.fixture
 def classifier(tmp_path: Path) -> inference.Classifier:
-    """One of six features and all classes, with statistics of no merit."""
+    """One of all classes, with statistics of six features, of no merit."""
     net = CNN.Net("run1")
     path = tmp_path / "model.pt"
     random = torch.Generator().manual_seed(3)
@@ -104,57 +104,57 @@ def classifier(tmp_path: Path) -> inference.Classifier:
     CNN.save(net, path)
     made = inference.Classifier(inference.parse(["--input", "x", "--model", str(path)]))
     made.statistics = CNN.ClassStatistics(torch.eye(6), means, median=1.0, quantile95=100.0)
-    made.means = means.numpy()  # float32
+    made.means = means
     return made
 
 
 def seen_by(classifier: inference.Classifier, count: int, likely: int | None = None):
     """Return what a net might see in images, all taken for `likely` if that is given."""
-    random = np.random.default_rng(4)
-    log_p = random.normal(0, 2, (count, 36))
+    random = torch.Generator().manual_seed(4)
+    log_p = 2 * torch.randn(count, 36, generator=random)
     if likely is not None:
         log_p[:, likely] += 20
-    features = random.random((count, 6)).astype(np.float32)
-    distances = classifier.measure(features, classifier.means)
-    return inference.Seen(inference.normalise(log_p), features, distances, distances)
+    features = torch.rand(count, 6, generator=random)
+    distances = classifier.find_distances(features, classifier.means)
+    return inference.Seen(log_p.log_softmax(1), features, distances, distances)
 
 
 def test_an_image_takes_no_part_in_the_mean_that_it_is_judged_by(classifier):
     """By the other route: every mean counted again without the image."""
     seen = seen_by(classifier, 8)
-    classifier.adapt_to_hands([str(i) for i in range(8)], seen)
-    adaptation = classifier.adaptation
-    memberships = np.stack([adaptation.memberships[str(i)] for i in range(8)])
-    hands = classifier.measure(seen.features, adaptation.means)
-    found = classifier.adapted(seen._replace(hand_distances=hands), memberships)
+    classifier.adapt_means([str(i) for i in range(8)], seen)
+    memberships = torch.stack([classifier.memberships[str(i)] for i in range(8)])
+    distances = classifier.find_distances(seen.features, classifier.adapted_means)
+    found = classifier.adapted(seen._replace(adapted_distances=distances), memberships)
+    counts = classifier.counts[:, None]
     for i in range(8):
-        totals = adaptation.counts[:, None] * adaptation.means
-        without = totals - memberships[i][:, None] * seen.features[i]
-        without /= (adaptation.counts - memberships[i])[:, None]
-        distances = classifier.measure(seen.features[i : i + 1], without.astype(np.float32))
+        membership = memberships[i][:, None]
+        totals = counts * classifier.adapted_means - membership * seen.features[i]
+        without = (totals / (counts - membership)).float()
+        distances = classifier.find_distances(seen.features[i : i + 1], without)
         nearer = inference.TYPICALITY * (seen.distances[i] - distances[0])
-        expected = seen.log_p[i] + adaptation.log_prior + nearer
-        np.testing.assert_allclose(found[i], expected, rtol=1e-4, atol=1e-4)
+        expected = seen.log_p[i] + classifier.class_log_prior + nearer
+        torch.testing.assert_close(found[i], expected, rtol=1e-4, atol=1e-4, check_dtype=False)
 
 
 def test_a_mean_moves_towards_its_pictures_and_no_other_does(classifier):
     seen = seen_by(classifier, 200, likely=12)
-    classifier.adapt_to_hands([str(i) for i in range(200)], seen)
-    moved = np.linalg.norm(classifier.adaptation.means - classifier.means, axis=1)
+    classifier.adapt_means([str(i) for i in range(200)], seen)
+    moved = (classifier.adapted_means - classifier.means).norm(dim=1)
     assert moved.argmax() == 12
-    assert np.delete(moved, 12).max() < 1e-3
+    assert moved[torch.arange(36) != 12].max() < 1e-3
     target = seen.features.mean(0)
-    before = np.linalg.norm(classifier.means[12] - target)
-    after = np.linalg.norm(classifier.adaptation.means[12] - target)
+    before = (classifier.means[12] - target).norm().item()
+    after = (classifier.adapted_means[12] - target).norm().item()
     assert after == pytest.approx(before * 40 / 240, rel=0.01), "40 pictures stand for training's"
 
 
 def test_untypical_pictures_take_no_part(classifier):
     seen = seen_by(classifier, 50, likely=12)
     far = seen._replace(distances=seen.distances + 1000)
-    classifier.adapt_to_hands([str(i) for i in range(50)], far)
-    np.testing.assert_allclose(classifier.adaptation.means, classifier.means, atol=1e-6)
-    np.testing.assert_allclose(classifier.adaptation.log_prior, 0, atol=1e-9)
+    classifier.adapt_means([str(i) for i in range(50)], far)
+    torch.testing.assert_close(classifier.adapted_means, classifier.means)
+    assert classifier.class_log_prior.abs().max() < 1e-9
 
 
 def test_a_picture_on_its_own_is_answered_as_without_adapting(drawn, capfd):

@@ -26,7 +26,7 @@ def train_by_hand(split: Split, steps: int) -> dict[str, torch.Tensor]:
 
     Each rank has its own batch statistics; those of the first are kept.
     """
-    state = train.start(CONFIG, ALONE, len(split.labels))
+    state = train.create_state(CONFIG, ALONE)
     feeds = [train.batches(split, 0, CONFIG, machine) for machine in MACHINES]
     for step in range(steps):
         nets = [state.net, deepcopy(state.net)]

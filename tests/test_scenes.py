@@ -10,7 +10,7 @@ import strokes
 from PIL import Image, ImageDraw
 
 import inference
-from inference import Candidate, Classifier, Look, Picture
+from inference import Candidate, Classifier, choose
 from picture import Reading, find_lines, propose
 
 CHARACTERS = "23456789ABCDEFHKMNPRTUWXY"  # without look-alikes
@@ -158,42 +158,34 @@ def test_a_tidy_picture_has_few_other_readings(tmp_path):
     assert all(one.image is None or one.image.shape == (28, 28) for one in readings)
 
 
-@pytest.fixture
-def classifier(weights: Path) -> Classifier:
-    return Classifier(inference.parse(["--input", "x", "--model", str(weights)]))
+def candidate(character: str, score: float) -> Candidate:
+    return Candidate(np.zeros((28, 28), np.uint8), ((character, 0.9),), distance=1.0, score=score)
 
 
-def candidate(likely: int, log_p: float, distance: float) -> Candidate:
-    """Return what a net might say: of one class that it is likely."""
-    chances = np.full(36, -12.0)
-    chances[likely] = log_p
-    return Candidate(bytes([likely]), chances, distance)
+def test_the_reading_with_the_best_score_is_chosen():
+    first = candidate("0", -11)
+    other = candidate("7", -9)
+    assert choose(first, [other]) is other
+    assert choose(first, [candidate("7", -12)]) is first
+    assert choose(first, []) is first
 
 
-def chosen(classifier: Classifier, monkeypatch, others: list[Reading], said: list[Candidate]):
-    """Return the class chosen where the first reading is a doubtful 0, or None for blank."""
-    picture = Picture(Look("x"), candidate(0, -0.5, 2.0), is_in_doubt=True)
-    monkeypatch.setattr(classifier, "judge", lambda images, paths: said)
-    classifier.choose([picture], [others])
-    return picture.chosen and int(picture.chosen.log_p.argmax())
+def test_a_picture_is_blank_where_all_other_readings_are():
+    assert choose(candidate("0", -1), [None, None]) is None
 
 
-def test_the_more_typical_reading_is_chosen_if_its_penalty_allows(classifier, monkeypatch):
-    said = [candidate(7, -0.1, 1.0)]
-    assert chosen(classifier, monkeypatch, [Reading(b"7", 3.0)], said) == 7
-    assert chosen(classifier, monkeypatch, [Reading(b"7", 9.0)], said) == 0
+def test_where_a_reading_is_blank_an_image_has_to_look_like_a_character():
+    good = candidate("7", -13.9)
+    poor = candidate("7", -14.1)
+    assert choose(poor, [None, good]) is good
+    assert choose(poor, [None, poor]) is None
+    assert choose(None, [good]) is good, "the first reading was blank"
+    assert choose(None, [poor]) is None
 
 
-def test_a_picture_is_blank_where_all_other_readings_are(classifier, monkeypatch):
-    assert chosen(classifier, monkeypatch, [Reading(None), Reading(None)], []) is None
-
-
-def test_where_a_reading_is_blank_an_image_has_to_look_like_a_character(classifier, monkeypatch):
-    others = [Reading(None), Reading(b"7", 3.0)]
-    assert chosen(classifier, monkeypatch, others, [candidate(7, -0.1, 0.8)]) == 7
-    untypical = [candidate(7, -0.1, 2.1)]
-    assert chosen(classifier, monkeypatch, others, untypical) == 0
-    picture = Picture(Look("x"), candidate(0, -0.5, 3.0), is_in_doubt=True)
-    untypical[0].distance = 2.6
-    classifier.choose([picture], [others])
-    assert picture.chosen is None
+def test_a_penalty_is_taken_off_the_score(weights):
+    classifier = Classifier(inference.parse(["--input", "x", "--model", str(weights)]))
+    image = np.uint8(strokes.ink("K", strokes.hand(1), (28, 28), longest=22) * 255)
+    plain, doubtful = classifier.judge(["x", "x"], [Reading(image), Reading(image, penalty=3.0)])
+    assert plain.score - doubtful.score == pytest.approx(3)
+    assert plain.ranked == doubtful.ranked

@@ -183,7 +183,7 @@ def test_squeezing_scales_about_the_middle_and_shifts():
 
 
 def test_the_loss_of_outliers_is_their_distance_from_the_uniform_distribution(config):
-    net = train.start(config, CPU, 1).net.eval()
+    net = train.create_state(config, CPU).net.eval()
     images, labels = torch.rand(8, 1, 28, 28), torch.arange(6)
     probabilities = net(images).softmax(1)
     classified = -probabilities[range(6), labels].log().mean()
@@ -285,15 +285,18 @@ def test_measure_and_confuse_are_what_numpy_counts():
     assert np.array_equal(CNN.count_confusions(*tensors), table)
 
 
-def test_calibrate_finds_the_temperature_that_made_the_labels():
+def test_calibrate_finds_the_temperature_and_the_bias_that_made_the_labels():
     generator = torch.Generator().manual_seed(1)
-    logits = 2 * torch.randn(4000, 36, generator=generator)
+    logits = 2 * torch.randn(8000, 36, generator=generator)
+    bias = torch.zeros(36)
+    bias[3] = 1.5
     for truth in (0.5, 2.0):
-        labels = torch.multinomial((logits / truth).softmax(1), 1, generator=generator)[:, 0]
-        found = CNN.calibrate(logits, labels)
-        assert found == pytest.approx(truth, rel=0.06)
-        best, *others = (F.cross_entropy(logits / (found * f), labels) for f in (1, 1.02, 0.98))
-        assert best <= min(others)
+        p = ((logits + bias) / truth).softmax(1)
+        labels = torch.multinomial(p, 1, generator=generator)[:, 0]
+        temperature, found = CNN.calibrate(logits, labels)
+        assert temperature == pytest.approx(truth, rel=0.06)
+        assert found[3] - found[4:].mean() == pytest.approx(1.5, abs=0.2)
+        assert found[4:].std() < 0.2
 
 
 @pytest.mark.parametrize(
@@ -342,6 +345,7 @@ def test_best_epoch_by_validation_is_kept_and_test_is_read_once(config, monkeypa
     sizes, predict = [], CNN.predict
     see = lambda net, images, _: (sizes.append(len(images)), predict(net, images))[1]  # noqa: E731
     monkeypatch.setattr(CNN, "predict", see)
+    monkeypatch.setattr(CNN, "calibrate", lambda logits, labels: (1.0, torch.zeros(36)))
     config = replace(config, lr=0.02, epochs=6, schedule="constant", ema=0.0, outliers=0.0)
     results = train.train(config)
     best = min(entry["nll"] for entry in results["history"])
@@ -350,7 +354,7 @@ def test_best_epoch_by_validation_is_kept_and_test_is_read_once(config, monkeypa
     held = train.held_out(both.images)
     logits = predict(CNN.load(config.out), both.images[held])[0]
     assert F.cross_entropy(logits, both.labels[held]).item() == pytest.approx(best, rel=1e-5)
-    assert results["validation"]["nll"] <= best  # by the temperature
+    assert results["validation"]["nll"] == pytest.approx(best, rel=1e-5)
     assert sizes.count(72) == 1
 
 
@@ -360,7 +364,7 @@ def test_every_net_and_every_optimizer_lowers_the_loss(config, arch):
     changed = {"arch": arch, "optimizer": optimizer, "lr": 0.003, "batch_size": 138, "epochs": 2}
     plain = {"schedule": "constant", "warmup": 0, "augment": "none", "dropout": 0.0}
     config = replace(config, **changed, **plain)
-    group = train.start(config, CPU, 138).optimizer.param_groups[0]
+    group = train.create_state(config, CPU).optimizer.param_groups[0]
     assert (group["weight_decay"], group.get("momentum", 0.9)) == (0.05, 0.9)
     first, second = (entry["loss"] for entry in train.train(config)["history"])
     assert second < first
@@ -377,7 +381,7 @@ def test_steps_take_their_rate_and_the_average_forgets_the_start(config, monkeyp
     monkeypatch.setattr(train, "CHECKPOINT_SECONDS", -1)  # one at every step
     monkeypatch.setattr(train, "save_checkpoint", see)
     train.train(config)
-    slow = train.start(config, CPU, 138).net.state_dict()
+    slow = train.create_state(config, CPU).net.state_dict()
     assert len(seen) == 24
     for step, (rate, net, average) in enumerate(seen):
         assert rate == pytest.approx(train.learning_rate(step, 24, config))
