@@ -169,7 +169,7 @@ TABLES: dict[str, Callable[[Records], str]] = {
     "adapting": partial(compare, pattern="field|alone"),
     "single": partial(show, names=["single"]),
     "scenes": partial(show, names=["scenes"]),
-    "mixes": partial(compare, pattern="before|shipped"),
+    "mixes": partial(compare, pattern="before|shipped|mix-[048]-.*"),
     "fonts": partial(compare, pattern="before|fonts-.*"),
     "corrections": partial(compare, pattern="own-.*"),
     "sizes": show_sizes,
