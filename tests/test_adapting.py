@@ -157,6 +157,15 @@ def test_untypical_pictures_take_no_part(classifier):
     assert classifier.class_log_prior.abs().max() < 1e-9
 
 
+@pytest.mark.parametrize(
+    ("allowed", "fraction"), [("0-9A-Z", 2 / 3), ("0-4A-M", 2 / 3), ("0-9A", 52 / 53), ("A-Z", 0)]
+)
+def test_the_usual_digits_are_those_among_allowed_characters(classifier, allowed, fraction):
+    classifier.card.digit_prior = 2 / 3
+    classifier.characters = inference.parse_alphabet(allowed, CNN.ALPHABET)
+    assert classifier.find_usual_digits() == pytest.approx(fraction)
+
+
 def test_a_picture_on_its_own_is_answered_as_without_adapting(drawn, capfd):
     picture = next(drawn.glob("letters/*R.png"))
     outputs = []

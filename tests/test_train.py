@@ -129,6 +129,18 @@ def test_the_first_half_of_a_batch_is_augmented_and_outliers_are_appended(split)
     assert torch.equal(plain[:, :, 0], images / 255)
 
 
+def test_each_batch_of_a_chunk_has_outliers_of_every_kind(split, monkeypatch):
+    def numbered(images, labels, count):  # the kinds come one after the other, a fifth each
+        return torch.arange(count).view(-1, 1, 1, 1).expand(-1, 1, 28, 28)
+
+    monkeypatch.setattr(train, "make_outliers", numbered)
+    images = split.images[:120].view(3, 40, 28, 28)
+    labels = split.labels[:120].view(3, 40)
+    batches = train.make_batches(images, labels, Config(outliers=0.25))
+    kinds = batches[:, 40:, 0, 0, 0] // 6  # 30 outliers, so 6 of each kind
+    assert kinds.sort(dim=1).values.tolist() == [[0, 0, 1, 1, 2, 2, 3, 3, 4, 4]] * 3
+
+
 @pytest.mark.parametrize("count", [1, 4, 20])
 def test_outliers_are_made_in_fifths_and_repeat_with_a_seed(batch, split, count):
     results = []
