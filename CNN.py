@@ -263,31 +263,30 @@ def calibration_error(confidence: Tensor, right: Tensor) -> float:
     return (gaps.abs().sum() / len(confidence)).item()
 
 
-BIAS_PENALTY = 2.0  # nats, of a bias of 1 squared, over the whole split: by cross-validation
+BIAS_PENALTY = 2.0  # nats over the whole split, of a shift of 1; cross-validated on validation
 
 
 def calibrate(logits: Tensor, labels: Tensor) -> tuple[float, Tensor]:
     """Return the temperature and the bias (classes,) by which the NLL of a split is least.
 
-    Calibrated logits are (logits + bias) / temperature.
-
-    Large biases are held back by BIAS_PENALTY, as some confusions are rare. Source: bias-corrected
-    temperature scaling, Alexandari, Kundaje and Shrikumar 2020, arXiv 1901.06852.
+    Calibrated logits are (logits + bias) / temperature; that is what is fitted, in the form
+    scale * logits + shift. BIAS_PENALTY holds back large shifts, as some confusions are rare.
+    Source: bias-corrected temperature scaling, Alexandari et al. 2020, arXiv 1901.06852.
     """
     scale = torch.ones((), device=logits.device, requires_grad=True)
-    bias = torch.zeros(logits.shape[1], device=logits.device, requires_grad=True)
-    optimizer = torch.optim.LBFGS([scale, bias], max_iter=200, line_search_fn="strong_wolfe")
+    shift = torch.zeros(logits.shape[1], device=logits.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([scale, shift], max_iter=200, line_search_fn="strong_wolfe")
 
     def compute_loss() -> Tensor:
         optimizer.zero_grad()
-        penalty = BIAS_PENALTY * bias.square().sum() / len(labels)
-        loss = F.cross_entropy(scale * logits + bias, labels) + penalty
+        penalty = BIAS_PENALTY * shift.square().sum() / len(labels)
+        loss = F.cross_entropy(scale * logits + shift, labels) + penalty
         loss.backward()
         return loss
 
     optimizer.step(compute_loss)
     temperature = 1 / scale.item()
-    return temperature, bias.detach() * temperature
+    return temperature, shift.detach() * temperature
 
 
 def count_confusions(logits: Tensor, labels: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ Digits and letters, 36 classes; pictures of one character, of any size, dark on 
 dark. `--format csv` or `json` adds confidences, alternatives and errors, `--report FILE.html` makes
 a page to look through. Results go to stdout or `--output`, all else to stderr. Exit code: 0 all
 answered, 1 some could not be or none was found (but under torchrun, which would end the other
-processes), 2 wrong usage, a full disk or GPU, 130 interrupted.
+processes), 2 wrong usage, a full disk or GPU, 130 or 143 stopped by Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Picture(NamedTuple):
     lookalike: str = ""  # the group, such as "1IL", that holds the two likeliest characters
     error: str = ""
     image: np.ndarray | None = None  # (SIZE, SIZE) uint8, ink 255 on 0: a reading of it
-    in_doubt: bool | None = None  # whether other readings are needed; None: there are none
+    in_doubt: bool | None = None  # whether other readings are needed; None: none may be asked for
     thumbnail: str = ""  # data URI, where a report is asked for
 
     @property
@@ -83,7 +83,7 @@ class Picture(NamedTuple):
         return "blank" if self.error == BLANK else "unreadable"
 
 
-FIELDS = Picture._fields[:6]  # of csv and json
+FIELDS = Picture._fields[: Picture._fields.index("image")]  # of csv and json
 
 
 def list_pictures(inputs: Iterable[str]) -> tuple[list[str], list[OSError], int]:
@@ -252,7 +252,7 @@ class Readers:
 
     def schedule(self, task: Callable, paths: list[str]) -> Future:
         """Have a worker call `task` with each path; the future holds the list of results."""
-        each = 0 if len(paths) == 1 else self.timeout  # for one, the pool's own limit does
+        each = 0 if len(paths) == 1 else self.timeout  # a lone path is ended by the pool's limit
         work = (task, paths, each)
         future = self.pool.schedule(do_all, work, timeout=self.timeout * len(paths))
         self.futures.add(future)
@@ -276,11 +276,12 @@ def in_order(submit: Callable, items: Iterable, ahead: int) -> Iterator[tuple[An
     yield from under_way
 
 
-# The net, and how it adapts to the folder
+# The net, and how it adapts to the folder; constants were tuned on ../shared/field and scenes
 
 BLOCK = 64  # images: a batch is filled up to whole blocks, as kernels differ by batch size
 TYPICALITY = 5.0  # nats that the median distance of validation weighs beside log probabilities
-DOUBTFUL = 0.88  # of the 95 % quantile of distances: beyond it other readings are asked for
+DOUBT_DISTANCE = 0.88  # of the 95 % quantile: of a first reading farther from its class, others
+# are asked for
 BLANK_SCORE = -14.0  # nats: where a reading is blank, an image must score more to be answered
 DIGIT_PRIOR_WEIGHT = 3.6  # pictures that the digit prior in training counts for in the estimate
 MEAN_WEIGHT = 40.0  # pictures that the mean of a class in training counts for
@@ -312,10 +313,11 @@ class Classifier:
     How a picture becomes an answer:
 
     1. The net judges the first reading. It is in doubt where picture.py says so, where it is blank,
-       or where it is far from the mean of its class: DOUBTFUL.
+       or where it is far from the mean of its class: DOUBT_DISTANCE.
     2. Of a picture in doubt, workers take other readings, which the net judges, too.
     3. The reading with the best score is chosen: the log probability of the likeliest character,
-       less its distance (TYPICALITY), less the penalty that picture.py gave the reading.
+       less TYPICALITY times its distance to the class's mean, adapted to the folder, less the
+       penalty that picture.py gave the reading.
     4. The picture is blank where all other readings are, or where one is, be it the first, and the
        best score is below BLANK_SCORE.
     5. The answer is the likeliest character of the reading chosen, the confidence its probability
@@ -353,8 +355,8 @@ class Classifier:
         self.whitening = self.statistics.whitening.to(self.device)
         self.means = self.statistics.means[self.classes]  # (allowed, D), whitened
         self.adapted_means = self.means
-        self.counts = torch.full([len(self.classes)], MEAN_WEIGHT, dtype=torch.float64)  # pictures
-        # that each of the adapted means rests on, those of training included
+        # How many pictures each of the adapted means rests on, those of training included
+        self.counts = torch.full([len(self.classes)], MEAN_WEIGHT, dtype=torch.float64)
         self.class_log_prior = torch.zeros_like(self.counts)  # among digits or among letters
         self.memberships: dict[str, Tensor] = {}  # (allowed,) by path: how far a picture took part
 
@@ -382,7 +384,7 @@ class Classifier:
         Where only digits, or only letters, are allowed, that says nothing.
         """
         if self.are_mixed:
-            digit = math.log(max(1e-300, digits / self.usual_digits))  # so that there is a best
+            digit = math.log(max(1e-300, digits / self.usual_digits))  # no -inf: one is best
             letter = math.log(max(1e-300, (1 - digits) / (1 - self.usual_digits)))
             log_prior = [digit if one.isdigit() else letter for one in self.card.alphabet]
             self.log_prior = self.log_prior.new_tensor(log_prior)
@@ -439,8 +441,8 @@ class Classifier:
         """Return log probabilities (N, allowed) adapted to the folder.
 
         memberships: (N, allowed), how far an image took part in each class. It has no part in the
-        mean that it is judged by. Without an image x of membership w, the mean m of n pictures is
-        (n m - w x) / (n - w), and x is n / (n - w) times as far from that as from m.
+        mean that it is judged by: an image that took part with weight w has pulled the mean of n
+        pictures towards itself, and from the mean without it, it is farther by n / (n - w).
         """
         farther = self.counts / (self.counts - memberships)
         gain = seen.distances - seen.adapted_distances * farther**2
@@ -499,7 +501,7 @@ class Classifier:
         log_p = self.adapted(seen, torch.stack(memberships))
         best, answers = log_p.max(1, keepdim=True)
         distances = seen.distances.gather(1, answers)  # (N, 1)
-        scores = best - TYPICALITY * distances
+        scores = best - TYPICALITY * distances  # the adapted ones: `adapted` has added these
         p, order = log_p.softmax(1).sort(dim=1, descending=True, stable=True)
         count = max(2, self.args.topk)
         columns = (order[:, :count], p[:, :count], distances[:, 0], scores[:, 0])
@@ -515,7 +517,7 @@ class Classifier:
         """Say whether other readings are to be taken; never without class statistics."""
         if self.card.statistics is None or picture.in_doubt is None:
             return False
-        limit = DOUBTFUL * self.statistics.quantile95 / self.statistics.median
+        limit = DOUBT_DISTANCE * self.statistics.quantile95 / self.statistics.median
         return picture.in_doubt or first.distance > limit
 
     def answer(self, picture: Picture, chosen: Candidate | None) -> Picture:
@@ -540,11 +542,11 @@ def choose(first: Candidate | None, others: list[Candidate | None]) -> Candidate
     """Choose among the first and the other readings of a picture; None stands for a blank one."""
     if not others:
         return first
-    if not any(others):
+    if all(candidate is None for candidate in others):
         return None
-    candidates = [one for one in (first, *others) if one is not None]
+    candidates = [candidate for candidate in (first, *others) if candidate is not None]
     best = max(candidates, key=lambda candidate: candidate.score)
-    some_are_blank = len(candidates) <= len(others)
+    some_are_blank = None in (first, *others)
     return None if some_are_blank and best.score < BLANK_SCORE else best
 
 
@@ -689,7 +691,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--no-adapt",
         action="store_true",
         help="judge each picture alone; by default an answer depends on the pictures beside it, up "
-        f"to {SAMPLE} of which tell how many are digits and how their writers write",
+        f"to {SAMPLE} of which tell how often each character comes and how it is written",
     )
     add("--min-confidence", type=float, default=0, metavar="P", help="below: no answer")
     add("--topk", type=int, default=3, metavar="K", help="characters in csv, json [%(default)s]")
@@ -740,7 +742,7 @@ def check_files(args: argparse.Namespace) -> None:
         is_picture = is_file and target.lower().endswith(SUFFIXES)
         if is_picture or {target, f"{target}.partial"} & taken:
             raise UsageError(f"{flag} {shown}: would replace what is read: choose another")
-        taken.add(target)
+        taken |= {target, f"{target}.partial"}
 
 
 def run(args: argparse.Namespace) -> int:

@@ -73,7 +73,8 @@ def fit_first(grey: np.ndarray, size: int) -> tuple[np.ndarray, bool | None]:
 
 # Read a file
 
-# To add a format: Pillow's name for it here, and its suffixes, by which folders are searched, below
+# To add a format: Pillow's name in FORMATS (of a plug-in, in readable_formats), its suffixes, by
+# which folders are searched, in SUFFIXES and out of UNREAD
 FORMATS = (  # read by Pillow's own code alone; EPS and the like, which start programs, are not
     "PNG JPEG BMP DIB GIF TIFF WEBP AVIF JPEG2000 PPM SGI QOI PCX ICO "
     "TGA"  # the last, as it has no signature: almost any bytes may be taken for it
@@ -239,7 +240,7 @@ SHADING_LIMIT = 0.1  # of the contrast: how far the levels of evenly lit paper d
 PAPER_GRID = 40  # cells a side, in which the level of paper is estimated
 PAPER_WINDOW = 21  # cells a side, of the median that is taken over them
 PAPER_GRAIN = 3  # grey levels that paper deviates from its estimate
-FRAME_INSET = 0.12  # of the shorter side: what is farther out may be a frame, and has no vote
+FRAME_INSET = 0.12  # of the shorter side: where the border's vote is taken, within most frames
 CROP_INSET = 0.06  # the same, where the character may fill its picture
 SPECK_AREA = 0.02  # of that of the largest part: what is smaller is dirt; an i's dot has some 0.05
 RIM = 0.12  # of the picture's side: where frames, rules and neighbours lie
@@ -307,9 +308,10 @@ def even_light(grey: np.ndarray) -> np.ndarray:
 
 
 def vote_on_paper(grey: np.ndarray, inset: float) -> float:
-    """Return how far light is more likely paper than dark is, -1 to 1, without an outer `inset`.
+    """Return how far light is more likely paper than dark is, -1 to 1.
 
-    Paper has most of the area, and most of its border.
+    Paper has most of the area of the whole picture, and most of the border, which is taken `inset`
+    (a fraction of the shorter side) in from the edge.
     """
     mask = mask_light(grey)
     cut = int(inset * min(mask.shape))
@@ -389,7 +391,7 @@ def tell_parts(mask: np.ndarray) -> Parts:
 
 # Other readings: strokes alone, without lines, without some of the parts
 
-PENALTY = 3.0  # nats, of a proposal; twice that of one where ink is on the unlikely side of paper
+PENALTY = 3.0  # nats, of a proposal; 0 if merely enlarged, twice this with the unlikely polarity
 CLOSE_VOTE = 0.3  # of two: with less between them, either dark or light may be ink
 TINY_SIDE = 12  # px: a picture with a shorter side has no strokes to tell apart
 ENLARGED_SIDE = 64  # px: smaller pictures are enlarged to this side
@@ -409,8 +411,10 @@ UNDERLINE_LENGTH = 0.2  # of the picture's width: and longer
 def propose(path: str, size: int) -> list[Reading]:
     """Return other readings of a picture file than the first, for the net to choose among.
 
-    Some may be alike. All are without an image where nothing but the lines of an empty form is
-    found. Raises ValueError as `prepare` does.
+    A small character is read again, larger; where polarity is in doubt, all is read inverted; then
+    thin strokes alone are taken, in both polarities, with and without ruled lines, and of their
+    parts all or some. Some readings may be alike. All are without an image where nothing but the
+    lines of an empty form is found. Raises ValueError as `prepare` does.
     """
     with explained(path):
         grey = to_grey(read(path))
@@ -453,15 +457,15 @@ def enlarge_small_character(path: str, grey: np.ndarray) -> np.ndarray | None:
     centre = np.array([x + width / 2, y + height / 2])
     reach = SURROUNDINGS * length
     corners = np.concatenate([centre - reach, centre + reach]) * scale
-    corners = corners.clip(0, picture.size * 2).round().astype(int)
-    return to_grey(picture.crop(corners.tolist()))
+    limits = (*picture.size, *picture.size)  # of left, top, right, bottom
+    return to_grey(picture.crop(corners.clip(0, limits).round().astype(int).tolist()))
 
 
 def fit_strokes(grey: np.ndarray, ink_is_light: bool, size: int) -> tuple[Images, bool]:
     """Fit what is thin in a grey picture and lighter, or darker, than around it.
 
     Returns images, None among them where nothing is there, and whether nothing but the lines of an
-    empty form is: then there are no images.
+    empty form is: then there are no images. Masks hold 0 and 1: `& ~m` clears where m is 1.
     """
     if min(grey.shape) < ENLARGED_SIDE:
         scale = ENLARGED_SIDE / min(grey.shape)
@@ -608,7 +612,8 @@ SHARPENING = 0.5  # how much is added of what is finer than BLUR
 BLUR = 11  # px, of a box, twice
 STROKE_WIDTH = 2.3 / 22  # of the character's length; EMNIST's median
 INK_END = 0.3  # of full ink: where the finished character ends
-LENGTH = 22 / 28  # of the result's side; EMNIST's median is 23.6 / 28 with what INK_END cuts
+LENGTH = 22 / 28  # of the result's side, of ink above INK_END; EMNIST's median with fainter ink
+# is 23.6 / 28
 
 
 def to_emnist_form(character: Character, size: int) -> np.ndarray | None:
@@ -618,9 +623,7 @@ def to_emnist_form(character: Character, size: int) -> np.ndarray | None:
     the length of its outline.
     """
     light, paper, contrast, mask, _ = character
-    reach = (
-        1 if min(mask.shape) < PHOTO_SIDE else 2
-    )  # px around the mask that belong to its strokes
+    reach = 1 if min(mask.shape) < PHOTO_SIDE else 2  # px: so far go the soft edges of strokes
     around = cv2.dilate(mask, SQUARE, iterations=reach)
     light = np.where(around, light, np.uint8(paper))
     canvas = FINE_LENGTH + 2 * MARGIN

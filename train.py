@@ -6,7 +6,7 @@
 
 Expect about 94 % right on test after a minute on a GPU of a data centre, or an hour or two on two
 CPU cores. Progress goes to stderr, the table of results to stdout. Validation, cut from train,
-chooses the epoch; test is read once, at the end.
+chooses the epoch, by NLL; test is read once, at the end.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -63,7 +64,7 @@ class Config:
     lr: float = setting(3e-3, "highest learning rate", (1e-12, 1e36))
     weight_decay: float = setting(0.05, "weight decay", (0, 1e6))
     warmup: int = setting(500, "steps of the warm-up stage", (0, 1e9))
-    schedule: str = setting("cosine", "learning rate after it", choices=["cosine", "constant"])
+    schedule: str = setting("cosine", "course of the learning rate", choices=["cosine", "constant"])
     dropout: float = setting(CNN.DROPOUT, "dropout probability", (0, 0.9))
     augment: str = setting("warp,stroke,resolution,tone", "augmentations, by comma, or none")
     outliers: float = setting(0.05, "fraction of images of no character, added", (0, 0.5))
@@ -144,7 +145,7 @@ def set_up(config: Config) -> Machine:
         torch.cuda.set_device(device)
     # NCCL wants a GPU for each rank; one that is named by its number is shared by all
     own_gpu = device.type == "cuda" and ":" not in config.device
-    dist.init_process_group("nccl" if own_gpu else "gloo")
+    dist.init_process_group("nccl" if own_gpu else "gloo", timeout=DOWNLOAD_LIMIT)
     return Machine(device, precision, dist.get_rank(), dist.get_world_size())
 
 
@@ -170,6 +171,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 VALIDATION_ONE_IN = 20  # about 5 % of train
 DOWNLOAD_PATIENCE = 30  # seconds without a byte; torchvision would wait for ever
+DOWNLOAD_LIMIT = timedelta(hours=2)  # that the other ranks wait for the first
 
 
 class Split(NamedTuple):
@@ -211,7 +213,7 @@ def held_out(images: Tensor) -> Tensor:
 
     A hash of the pixels decides, so that copies of an image (the sample of EMNIST repeats some)
     end on the same side, whatever their order. It is the sum of the image's 98 words of 8 bytes
-    times fixed random odd numbers, modulo 2^64.
+    times fixed random odd numbers, modulo 2^64. Extra images are not cut: all are for training.
     """
     words = images.flatten(1).view(torch.int64)  # (N, 98)
     generator = torch.Generator().manual_seed(20170217)  # any constant: the cut must never change
@@ -326,6 +328,8 @@ def draw_epoch(split: Split, epoch: int, config: Config) -> Tensor:
 def batches(split: Split, step: int, config: Config, machine: Machine) -> Iterator[tuple]:
     """Yield what is left of the training at `step`: images (B + outliers, 1, 28, 28), labels (B,).
 
+    The rows of a batch are extra images, EMNIST's, and outliers, which have no labels. The first
+    half of the labelled ones is augmented, so that all extra images are, the second half is not.
     Each rank takes every n-th row of a global batch, so that it has its part of every kind. Random
     numbers are seeded anew for each chunk of batches: a resumed run goes on with the same ones and,
     on the CPU, with the same dropout.
@@ -337,7 +341,7 @@ def batches(split: Split, step: int, config: Config, machine: Machine) -> Iterat
         order = order.to(machine.device)
         for first in range(0, per_epoch, chunk_steps):
             rows = order[first : first + chunk_steps]  # (steps, B)
-            done = max(0, step - epoch * per_epoch - first)  # batches of this chunk
+            done = max(0, step - epoch * per_epoch - first)  # batches taken before a resume
             if done >= len(rows):
                 continue
             torch.manual_seed(hash((config.seed, machine.rank, epoch, first)))
@@ -361,7 +365,8 @@ def make_batches(images: Tensor, labels: Tensor, config: Config) -> Tensor:
     count = round(size * config.outliers)
     if count:
         outliers = make_outliers(images.flatten(0, 1), labels.flatten(), steps * count)
-        parts.append(outliers.unflatten(0, (count, steps)).transpose(0, 1))  # every kind in each
+        # The outliers come kind by kind: the i-th goes to batch i % steps, so each has every kind
+        parts.append(outliers.unflatten(0, (count, steps)).transpose(0, 1))
     return torch.cat(parts, dim=1)
 
 
@@ -546,7 +551,7 @@ OUTLIER_WEIGHT = 0.5  # of their loss; Hendrycks et al. 2019, arXiv 1812.04606, 
 
 
 def learning_rate(step: int, steps: int, config: Config) -> float:
-    """Return the learning rate of a step of `steps`: the warm-up stage, then the schedule.
+    """Return the learning rate of step `step`, from 0, of `steps`.
 
     cosine rises in a line to lr and falls along a half cosine to zero. constant is that of the
     original project, Hladkyi's: a tenth of lr during the warm-up stage, lr after it.
@@ -562,9 +567,9 @@ def learning_rate(step: int, steps: int, config: Config) -> float:
 def make_loss(net: Net, config: Config, machine: Machine) -> Callable[[Tensor, Tensor], Tensor]:
     """Return the loss as a function of images and labels, compiled on a GPU.
 
-    The images after the labelled ones are outliers: their loss is how far (Kullback and Leibler)
-    the probabilities are from the uniform distribution. On a GPU, by itself, the step runs as CUDA
-    graphs: Python launches a few things, not hundreds. Under torchrun gradients are averaged.
+    The images after the labelled ones are outliers: OUTLIER_WEIGHT times their mean divergence
+    KL(uniform || probabilities) is added. On a GPU, by itself, the step runs as CUDA graphs:
+    Python launches a few things, not hundreds. Under torchrun gradients are averaged.
     """
     precision = machine.precision
     device = machine.device.type
@@ -812,7 +817,8 @@ def learn(
                 value = loss.item()  # waits for the device
                 log.write({"train/loss": value, "lr": rate}, state.step)
                 if not math.isfinite(value):
-                    fail("the loss is not finite", f"step {state.step}", "try a lower --lr")
+                    remedy = f"try a lower --lr, without {config.checkpoint}"
+                    fail("the loss is not finite", f"step {state.step}", remedy)
 
             # End an epoch
             if ended:
@@ -903,7 +909,11 @@ def train(config: Config) -> dict:
 
 
 def fill_card(net: Net, training: Split, validation: Split, machine: Machine) -> dict[str, float]:
-    """Put on the card what validation tells of the net; return its calibrated metrics there."""
+    """Calibrate the net and describe it on its card; return its metrics on validation.
+
+    The bias is added to the last layer's. On the card go the temperature, the lookalikes, both of
+    validation, and the class statistics, of EMNIST's training images.
+    """
     logits, features = CNN.predict(net, validation.images, machine.precision)
     net.card.temperature, bias = CNN.calibrate(logits, validation.labels)
     net.fc2.bias.data += bias

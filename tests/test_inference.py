@@ -352,9 +352,15 @@ def test_what_is_read_is_never_replaced(run, weights, folder, tmp_path, flag):
         assert (code, out) == (2, b"")
         assert err == f"inference.py: {flag} {file}: would replace what is read: choose another\n"
         assert {read: read.read_bytes() for read in before} == before
-    code, _, err = run("--input", single, "--output", tmp_path / "x", "--report", tmp_path / "x")
+
+
+@pytest.mark.parametrize("report", ["x", "x.partial"])
+def test_one_output_does_not_replace_the_other(run, folder, tmp_path, report):
+    outputs = ["--output", tmp_path / "x", "--report", tmp_path / report]
+    code, _, err = run("--input", folder, *outputs)
     assert code == 2
     assert "--report" in err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_is_one_line_and_keeps_what_was_written(run, folder, tmp_path, disk_for):

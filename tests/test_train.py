@@ -503,5 +503,5 @@ def test_disk_too_full_for_checkpoints_costs_a_warning_each(run_train, tmp_path,
 def test_training_that_diverges_is_one_line_and_keeps_the_old_weights(run_train, tmp_path):
     (tmp_path / "model.pt").write_text("old")
     error = run_train("--optimizer", "sgd", "--precision", "float32", "--lr", "1e30").error
-    assert error == "the loss is not finite: step 8: try a lower --lr"
+    assert error.startswith("the loss is not finite: step 8: try a lower --lr, without ")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
