@@ -1,4 +1,4 @@
-"""The share of digits that a folder's own pictures tell, and what it does to the answers."""
+"""The fraction of digits that a folder's own pictures tell, and what it does to the answers."""
 
 import json
 import re
@@ -19,24 +19,24 @@ USUAL = 240_000 / 364_800  # in training
 def likely_digits(count: int, digits: int, sure: float, seed: int = 0) -> np.ndarray:
     """Return what a calibrated net says of `count` pictures, of which `digits` are digits.
 
-    Log odds are normal in each group, as far apart as `sure` says, and right for the usual share.
+    Log odds are normal in each group, as far apart as `sure` says, and right for the usual one.
     """
     noise = np.random.default_rng(seed).normal(0, np.sqrt(2 * sure), count)
     odds = np.where(np.arange(count) < digits, sure, -sure) + noise + np.log(USUAL / (1 - USUAL))
     return 1 / (1 + np.exp(-odds))
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 1.0])
-def test_the_share_of_a_large_folder_is_found(share):
-    found = inference.estimate_digits(likely_digits(5000, round(5000 * share), 4), USUAL)
-    assert found == pytest.approx(share, abs=0.02)
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_the_fraction_of_a_large_folder_is_found(fraction):
+    found = inference.estimate_digits(likely_digits(5000, round(5000 * fraction), 4), USUAL)
+    assert found == pytest.approx(fraction, abs=0.02)
 
 
 def test_few_pictures_change_little_and_twenty_tell():
     assert inference.estimate_digits(np.array([]), USUAL) == pytest.approx(USUAL)
     for count, most in ((1, 1.2), (3, 2.2)):  # nats, on every answer
-        share = inference.estimate_digits(np.full(count, 0.01), USUAL)  # sure letters
-        assert 0 < np.log(USUAL / (1 - USUAL)) - np.log(share / (1 - share)) < most
+        fraction = inference.estimate_digits(np.full(count, 0.01), USUAL)  # sure letters
+        assert 0 < np.log(USUAL / (1 - USUAL)) - np.log(fraction / (1 - fraction)) < most
     assert inference.estimate_digits(likely_digits(20, 0, 4), USUAL) < 0.25
     assert inference.estimate_digits(likely_digits(20, 20, 4), USUAL) > 0.9
 
@@ -54,7 +54,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def answers(capfd: pytest.CaptureFixture, *arguments: object) -> tuple[dict[str, str], int | None]:
-    """Return the answers by the picture's name, and the share of digits that is said, per cent."""
+    """Return the answers by the picture's name, and the fraction of digits said, %."""
     assert inference.main(["--workers", "1", "--input", *map(str, arguments)]) == 0
     out, err = capfd.readouterr()
     rows = (line.split(", ", 1) for line in out.splitlines())
@@ -62,28 +62,28 @@ def answers(capfd: pytest.CaptureFixture, *arguments: object) -> tuple[dict[str,
     return {Path(path).name: chr(int(code)) for code, path in rows}, said and int(said[1])
 
 
-def test_the_share_is_said_and_answers_follow_it(drawn, capfd):
-    letters, share = answers(capfd, drawn / "letters")
-    assert share < 12
+def test_the_fraction_is_said_and_answers_follow_it(drawn, capfd):
+    letters, fraction = answers(capfd, drawn / "letters")
+    assert fraction < 12
     assert answers(capfd, drawn / "digits")[1] > 88
-    alone, share = answers(capfd, drawn / "letters", "--no-adapt")
-    assert share is None
-    given, share = answers(capfd, drawn / "letters", "--digits", "0")
-    assert share is None
+    alone, fraction = answers(capfd, drawn / "letters", "--no-adapt")
+    assert fraction is None
+    given, fraction = answers(capfd, drawn / "letters", "--digits", "0")
+    assert fraction is None
     number = [sum(map(str.isdigit, found.values())) for found in (alone, letters, given)]
     assert number[0] > number[1] >= number[2] == 0
     assert all(answer.isdigit() for answer in answers(capfd, drawn, "--digits", "1")[0].values())
 
 
 def test_a_known_kind_leaves_nothing_to_estimate(drawn, capfd):
-    auto, share = answers(capfd, drawn / "letters", "--alphabet", "A-Z")
-    assert share is None
+    auto, fraction = answers(capfd, drawn / "letters", "--alphabet", "A-Z")
+    assert fraction is None
     assert auto == answers(capfd, drawn / "letters", "--alphabet", "A-Z", "--no-adapt")[0]
 
 
 def test_sorted_and_shuffled_folders_come_out_the_same(drawn, capfd, tmp_path, monkeypatch):
     monkeypatch.setattr(inference, "SAMPLE", 36)  # every other picture
-    ordered, share = answers(capfd, drawn / "digits", drawn / "letters")
+    ordered, fraction = answers(capfd, drawn / "digits", drawn / "letters")
     files = [*drawn.glob("*/*.png")]
     for place, i in enumerate(np.random.default_rng(0).permutation(len(files))):
         (tmp_path / f"{place:02d}-{files[i].name}").symlink_to(files[i])
@@ -91,7 +91,7 @@ def test_sorted_and_shuffled_folders_come_out_the_same(drawn, capfd, tmp_path, m
     mixed = {name[3:]: answer for name, answer in mixed.items()}
     assert len(ordered) == len(mixed) == 72
     assert sum(mixed[name] == answer for name, answer in ordered.items()) >= 70
-    assert abs(share - other) <= 12
+    assert abs(fraction - other) <= 12
 
 
 @pytest.fixture

@@ -178,8 +178,8 @@ def test_the_page_knows_what_is_right_by_the_folders_names(page, seen):
     assert 0 < len(above) < 9
     told = "Right: 33.3\u00a0% of all 9"
     assert seen["any"][3] == told
-    share = f"{100 * right / len(above):.1f}\u00a0%"
-    assert seen["doubt"][3] == f"{told}, {share} of the {len(above)} above 60.0\u00a0%"
+    fraction = f"{100 * right / len(above):.1f}\u00a0%"
+    assert seen["doubt"][3] == f"{told}, {fraction} of the {len(above)} above 60.0\u00a0%"
     assert seen["wrong"][0] == 6
     wrong = [row for row in labelled if row["character"] != row["truth"]]
     counts = Counter(f"{row['truth']} > {row['character']}" for row in wrong)
