@@ -11,6 +11,7 @@ import copy
 import io
 import math
 import os
+import zipfile
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -270,22 +271,23 @@ def calibrate(logits: Tensor, labels: Tensor) -> tuple[float, Tensor]:
     """Return the temperature and the bias (classes,) by which the NLL of a split is least.
 
     Calibrated logits are (logits + bias) / temperature; that is what is fitted, in the form
-    scale * logits + shift. BIAS_PENALTY holds back large shifts, as some confusions are rare.
+    scale * logits + shift, its scale above 0, so that the order of the answers is kept but for the
+    bias. BIAS_PENALTY holds back large shifts, as some confusions are rare.
     Source: bias-corrected temperature scaling, Alexandari et al. 2020, arXiv 1901.06852.
     """
-    scale = torch.ones((), device=logits.device, requires_grad=True)
+    log_scale = torch.zeros((), device=logits.device, requires_grad=True)
     shift = torch.zeros(logits.shape[1], device=logits.device, requires_grad=True)
-    optimizer = torch.optim.LBFGS([scale, shift], max_iter=200, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([log_scale, shift], max_iter=200, line_search_fn="strong_wolfe")
 
     def compute_loss() -> Tensor:
         optimizer.zero_grad()
         penalty = BIAS_PENALTY * shift.square().sum() / len(labels)
-        loss = F.cross_entropy(scale * logits + shift, labels) + penalty
+        loss = F.cross_entropy(log_scale.exp() * logits + shift, labels) + penalty
         loss.backward()
         return loss
 
     optimizer.step(compute_loss)
-    temperature = 1 / scale.item()
+    temperature = math.exp(-log_scale.item())
     return temperature, shift.detach() * temperature
 
 
@@ -379,19 +381,33 @@ def save(net: Net, path: Path) -> None:
     write_atomically(asdict(net.card) | {"state_dict": weights}, path)
 
 
+def read_saved(path: Path, device: torch.device | str = "cpu") -> dict:
+    """Return what torch.save wrote; nothing in the file is executed (weights_only).
+
+    torch checks no checksums, so a flipped byte would be a wrong weight. Raises ValueError for it,
+    OSError where the file can't be read, and whatever else unpickling foreign bytes may raise.
+    """
+    data = io.BytesIO(Path(path).read_bytes())  # of a file cut short, torch says "invalid argument"
+    if zipfile.is_zipfile(data) and zipfile.ZipFile(data).testzip():
+        raise ValueError("a checksum in it is wrong")
+    data.seek(0)
+    return torch.load(data, map_location=device, weights_only=True)
+
+
 def load(path: Path, device: torch.device | str = "cpu") -> Net:
     """Read our weights file, or the original project's, into a Net in eval mode.
 
-    Nothing in the file is executed (weights_only). Raises ValueError, one line, for any file that
-    is not whole and ours; OSError where it can't be read.
+    Raises ValueError, one line, for any file that is not whole and ours; OSError where it can't be
+    read.
     """
-    data = io.BytesIO(Path(path).read_bytes())  # of a file cut short, torch says "invalid argument"
     try:
-        content = torch.load(data, map_location="cpu", weights_only=True)
+        content = read_saved(path)
         if any(key.startswith("_orig_mod.") for key in content):
             net = _load_original(content)
         else:
             net = _load_ours(content)
+    except OSError:
+        raise
     except Exception as error:  # whatever unpickling foreign bytes and filling a net may raise
         reason = " ".join(str(error).rpartition("WeightsUnpickler error: ")[2].split())[:100]
         what = f"no weights of ours, or damaged ({type(error).__name__}: {reason!a})"

@@ -334,6 +334,9 @@ class Classifier:
         torch.set_num_threads(1)  # `run` has passes of the net side by side instead
         try:
             self.device = CNN.choose_device(args.device)
+        except ValueError as error:
+            raise UsageError(f"--device {args.device}: {error}: try --device cpu") from None
+        try:
             net = CNN.load(args.model, self.device)
             self.characters = parse_alphabet(args.alphabet, net.card.alphabet)
         except ValueError as error:
@@ -739,6 +742,8 @@ def check_files(args: argparse.Namespace) -> None:
         is_file = os.path.isfile(target)
         if os.path.exists(target) and not is_file:
             raise UsageError(f"{flag} {shown}: not a regular file: choose another")
+        if not os.path.isdir(os.path.dirname(target)):
+            raise UsageError(f"{flag} {shown}: its folder is not there: make it first")
         is_picture = is_file and target.lower().endswith(SUFFIXES)
         if is_picture or {target, f"{target}.partial"} & taken:
             raise UsageError(f"{flag} {shown}: would replace what is read: choose another")
@@ -811,8 +816,9 @@ def main(arguments: list[str] | None = None) -> int:
         number = stopped.args[0] if stopped.args else signal.SIGINT
         code = 128 + number
         message = f"stopped by {signal.Signals(number).name}"
-        if args.output:
-            message += f"; what was answered is in {escaped(os.path.realpath(args.output))}.partial"
+        partial_file = args.output and f"{os.path.realpath(args.output)}.partial"
+        if partial_file and os.path.exists(partial_file):
+            message += f"; what was answered is in {escaped(partial_file)}"
     except (OSError, UsageError) as error:  # such as a full disk
         code = 2
         message = str(error).partition("\n")[0]

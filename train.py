@@ -31,6 +31,7 @@ import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torchvision.datasets import EMNIST
+from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
 import CNN
@@ -190,6 +191,9 @@ def ensure_emnist(root: Path) -> None:
     raw = root / "EMNIST" / "raw"
     if len(list(raw.glob("emnist-[dl]*-ubyte"))) == 8:
         return
+    archive = raw / "gzip.zip"
+    if archive.exists() and not check_integrity(archive, EMNIST.md5):
+        say(f"{archive} is damaged or incomplete: it is downloaded again")
     say(f"EMNIST is not in {raw} yet: {EMNIST.url}, 562 MB")
     socket.setdefaulttimeout(DOWNLOAD_PATIENCE)
     for split in ("digits", "letters"):
@@ -262,11 +266,13 @@ def list_extra(source: Path) -> list[tuple[str, int]]:
     of path,character, as the page of inference.py --report saves corrections.
     """
     if source.is_dir():
-        named = [(str(path), path.parent.name) for path in sorted(source.glob("*/*"))]
+        paths = sorted(source.glob("[!.]*/[!.]*"))  # what is hidden is passed over
+        named = [(str(path), path.parent.name) for path in paths]
     else:
         named = read_corrections(source)
     if not named:
-        fail(f"--extra {source}", "no pictures", "put them into folders, as in A/any_name.png")
+        remedy = "put them into folders, as in A/any_name.png, or a row of the csv for each"
+        fail(f"--extra {source}", "no pictures", remedy)
     for path, character in named:
         if character.upper() not in list(ALPHABET):
             fail(f"--extra {source}", f"{path}: {character!r} is no class", "name it 0-9 or A-Z")
@@ -665,7 +671,7 @@ def load_checkpoint(state: State, path: Path, device: torch.device) -> None:
         say(f"--resume: no checkpoint at {path}: training from step 0")
         return
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        content = CNN.read_saved(path, device)
         settings = content.pop("settings")
         changed = [
             f"{name} {settings.get(name)}, not {value}"
@@ -771,7 +777,8 @@ def noted_signals() -> Iterator[list[int]]:
         signal.signal(number, before[number])
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        before[number] = signal.signal(number, note)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as SIGINT in a background job
+            before[number] = signal.signal(number, note)
     try:
         yield noted
     finally:
@@ -868,8 +875,11 @@ def train(config: Config) -> dict:
     ranks. Raises SystemExit, one line for the user; KeyboardInterrupt with a signal's number.
     """
     # What is wrong is said before anything is downloaded
-    if config.out.is_dir() or not os.access(config.out.resolve().parent, os.W_OK):
+    is_special = config.out.exists() and not config.out.is_file()
+    if is_special or not os.access(config.out.resolve().parent, os.W_OK):
         fail(f"--out {config.out}", "can't be written there", "choose another file")
+    if config.extra and config.out.resolve() == config.extra.resolve():
+        fail(f"--out {config.out}", "would replace --extra", "choose another file")
     if config.checkpoint.exists() and not config.resume:
         fail(f"{config.checkpoint}", "a training was cut short", "use --resume, or delete it")
     machine = set_up(config)

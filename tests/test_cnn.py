@@ -190,6 +190,25 @@ def test_files_of_another_kind_or_cut_short_anywhere_are_refused(net, tmp_path):
         refusal(path)
 
 
+def test_a_flipped_byte_is_refused(net, tmp_path):
+    path = tmp_path / "model.pt"
+    CNN.save(net, path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # in the middle of the largest tensor
+    path.write_bytes(content)
+    assert "a checksum in it is wrong" in refusal(path)
+
+
+def test_a_net_that_is_worse_than_none_has_a_temperature_above_zero():
+    random = torch.Generator().manual_seed(0)
+    labels = torch.randint(36, (200,), generator=random)
+    logits = torch.randn(200, 36, generator=random)
+    logits[torch.arange(200), labels] -= 3
+    temperature, bias = CNN.calibrate(logits, labels)
+    assert 0 < temperature < math.inf
+    assert bias.isfinite().all()
+
+
 def test_other_content_is_refused(net, tmp_path):
     path, ones = tmp_path / "model.pt", torch.ones(36)
     CNN.save(net, path)

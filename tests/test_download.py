@@ -92,6 +92,15 @@ def test_failed_download_is_one_line_and_can_be_repeated(
     assert content(data) == files | {GZIP: archive}
 
 
+def test_a_damaged_archive_that_was_put_there_is_named(run_train, tmp_path, monkeypatch):
+    monkeypatch.setattr(EMNIST, "url", NOBODY)
+    (tmp_path / GZIP).parent.mkdir(parents=True)
+    (tmp_path / GZIP).write_bytes(b"cut short")
+    outcome = run_train("--data", tmp_path)
+    assert f"{tmp_path / GZIP} is damaged or incomplete: it is downloaded again" in outcome.err
+    assert (tmp_path / GZIP).read_bytes() == b"cut short"
+
+
 def test_damaged_file_is_one_line_that_says_what_to_delete(run_train, files, tmp_path):
     data, bad = tmp_path / "data", "EMNIST/raw/emnist-letters-train-images-idx3-ubyte"
     (data / bad).parent.mkdir(parents=True)

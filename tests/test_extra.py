@@ -82,6 +82,21 @@ def test_folders_that_are_no_class_or_hold_nothing_end_it_with_the_layout(tmp_pa
         train.list_extra(tmp_path)
 
 
+def test_what_is_hidden_in_folders_is_passed_over(tmp_path):
+    for name in (".git/HEAD", "A/.DS_Store", "A/x.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    assert train.list_extra(tmp_path) == [(str(tmp_path / "A" / "x.png"), 10)]
+
+
+def test_corrections_are_not_replaced_by_the_weights(run_train, tmp_path):
+    table = tmp_path / "corrections.csv"
+    table.write_text("path,character\na.png,A\n")
+    error = run_train("--extra", table, "--out", table).error
+    assert error == f"--out {table}: would replace --extra: choose another file"
+    assert table.read_text() == "path,character\na.png,A\n"
+
+
 def test_a_folder_of_which_nothing_can_be_read_ends_it(tmp_path):
     with pytest.raises(SystemExit, match="none of its pictures can be read"):
         train.add_extra(split_of(2), [(str(tmp_path / "absent.png"), 3)])

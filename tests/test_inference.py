@@ -323,6 +323,7 @@ WRONG = {  # flags, by comma: what the message names
     "--output,/dev/null": "not a regular file",
     "--output,missing/out.csv": "missing/out.csv",
     "--report,.": "not a regular file",
+    "--device,meta": "try --device cpu",
     "--input,missing\x1b[2J": r"missing\x1b[2J: no such",
 }
 

@@ -136,9 +136,19 @@ def test_signals_save_and_say_how_to_go_on(
     assert sorted(os.listdir(tmp_path)) == ["model.pt", "moved"]
 
 
+def test_a_signal_that_the_parent_ignores_stays_ignored():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with train.noted_signals() as noted:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert noted == []
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
 def test_damaged_checkpoint_is_named_and_stays(run_train, interrupted, tmp_path):
     whole = interrupted.read_bytes()
-    for damaged in (b"", b"not a checkpoint", whole[: len(whole) // 2], whole[:5439], "weights"):
+    half = len(whole) // 2
+    flipped = whole[:half] + bytes([whole[half] ^ 1]) + whole[half + 1 :]
+    for damaged in (b"", b"not a checkpoint", whole[:half], whole[:5439], flipped, "weights"):
         if damaged == "weights":
             CNN.save(CNN.Net("run1"), interrupted)
         else:
