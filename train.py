@@ -28,7 +28,7 @@ from typing import NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.datasets import EMNIST
 from torchvision.datasets.utils import check_integrity

@@ -9,7 +9,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from conftest import SHORT, train_in_fork
 
 import CNN

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import strokes
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from conftest import SHORT
 from PIL import Image, ImageDraw, ImageFilter
 from torch.testing import assert_close
@@ -355,7 +355,11 @@ def test_training_learns_and_the_weights_file_tells_all(run_train, tiny_emnist, 
 
 def test_best_epoch_by_validation_is_kept_and_test_is_read_once(config, monkeypatch):
     sizes, predict = [], CNN.predict
-    see = lambda net, images, _: (sizes.append(len(images)), predict(net, images))[1]  # noqa: E731
+
+    def see(net: CNN.Net, images: torch.Tensor, precision: torch.dtype) -> tuple:
+        sizes.append(len(images))
+        return predict(net, images)
+
     monkeypatch.setattr(CNN, "predict", see)
     monkeypatch.setattr(CNN, "calibrate", lambda logits, labels: (1.0, torch.zeros(36)))
     config = replace(config, lr=0.02, epochs=6, schedule="constant", ema=0.0, outliers=0.0)

@@ -19,7 +19,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 
 import train
 from images_for_readme import study
