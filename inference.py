@@ -636,17 +636,22 @@ def find_truth(path: str) -> str:
 LINES = {"ascii": ascii_line, "csv": csv_line, "json": json_line}
 
 
+def partial_of(file: Path) -> str:
+    """Return the name under which FILE is written until it is complete; of a link, its target's."""
+    return f"{os.path.realpath(file)}.partial"
+
+
 @contextmanager
 def writing(file: Path | None, head: str, foot: str = "") -> Iterator[TextIO]:
     """Give a stream to what becomes FILE when all went well, FILE.partial; without FILE, stdout."""
-    where = f"{os.path.realpath(file)}.partial" if file else 1
+    where = partial_of(file) if file else 1
     how = {"encoding": "utf-8", "errors": "surrogateescape", "newline": "", "closefd": bool(file)}
     with open(where, "w", **how) as stream:
         stream.write(head)
         yield stream
         stream.write(foot)
     if file:
-        os.replace(where, os.path.realpath(file))  # of a link, what it points to
+        os.replace(where, os.path.realpath(file))
 
 
 def write(batches: Iterable[list[Picture]], args: argparse.Namespace, total: int) -> Counter[str]:
@@ -745,9 +750,10 @@ def check_files(args: argparse.Namespace) -> None:
         if not os.path.isdir(os.path.dirname(target)):
             raise UsageError(f"{flag} {shown}: its folder is not there: make it first")
         is_picture = is_file and target.lower().endswith(SUFFIXES)
-        if is_picture or {target, f"{target}.partial"} & taken:
+        replaced = {target, partial_of(file)}
+        if is_picture or replaced & taken:
             raise UsageError(f"{flag} {shown}: would replace what is read: choose another")
-        taken |= {target, f"{target}.partial"}
+        taken |= replaced
 
 
 def run(args: argparse.Namespace) -> int:
@@ -816,9 +822,8 @@ def main(arguments: list[str] | None = None) -> int:
         number = stopped.args[0] if stopped.args else signal.SIGINT
         code = 128 + number
         message = f"stopped by {signal.Signals(number).name}"
-        partial_file = args.output and f"{os.path.realpath(args.output)}.partial"
-        if partial_file and os.path.exists(partial_file):
-            message += f"; what was answered is in {escaped(partial_file)}"
+        if args.output and os.path.exists(partial_of(args.output)):
+            message += f"; what was answered is in {escaped(partial_of(args.output))}"
     except (OSError, UsageError) as error:  # such as a full disk
         code = 2
         message = str(error).partition("\n")[0]

@@ -156,9 +156,13 @@ def say(line: str) -> None:
         tqdm.write(line, file=sys.stderr)
 
 
+def first_line(error: BaseException | str) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
 def fail(what: str, error: BaseException | str, remedy: str) -> NoReturn:
     """End the run with one line for the user: what, why, what to do."""
-    reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+    reason = first_line(error)[:200] or type(error).__name__
     raise SystemExit(f"train.py: error: {what}: {reason}: {remedy}")
 
 
@@ -719,8 +723,7 @@ class Log:
                 try:
                     self.run = start()
                 except Exception as error:  # of the network, the server, the key
-                    reason = str(error).partition("\n")[0]
-                    say(f"warning: wandb: {reason}: logging offline")
+                    say(f"warning: wandb: {first_line(error)}: logging offline")
             self.run = self.run or start(mode="offline")
             sync = f"offline; send it with: wandb sync {Path(self.run.dir).parent}"
             say(f"wandb: logging {sync if self.run.offline else self.run.url or 'nothing'}")
@@ -753,8 +756,7 @@ class Log:
             yield
         except (Exception, SystemExit) as error:  # wandb raises that, too
             self.run = None
-            reason = str(error).partition("\n")[0]
-            say(f"warning: wandb: {reason}: training goes on without its log")
+            say(f"warning: wandb: {first_line(error)}: training goes on without its log")
 
 
 # The loop
