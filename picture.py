@@ -2,73 +2,140 @@
 
     prepare("picture.jpg", 28)  # (28, 28) uint8, ink 255 on 0
 
-`read` a file, upright and reduced -> `to_grey` -> one or more readings, each of which finds a
-character and brings it `to_emnist_form`. The first reading does for tidy pictures. Where frames,
-rules, shadows or the table around a card leave doubt, `propose` gives plain alternatives, among
-which the net chooses. Knows neither torch nor CNN. Constants whose source is not said were tuned on
-../shared/field and ../shared/scenes, by the answers of the net.
+`read` a file, upright and reduced -> `to_grey` -> `first_view`: what is ink -> `to_emnist_form`.
+That first reading does for tidy pictures. Where frames, rules, shadows or the table around a card
+leave doubt, `propose` gives every plain reading of the picture: a view of it, and which parts of
+the view's ink are the character's; or that nothing is written. Each says what it keeps and leaves
+out, by which the readings are compared beside what the net makes of them. Knows neither torch nor
+CNN. Constants whose source is not said were tuned on ../shared/field and ../shared/scenes.
 """
 
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import cache
+from operator import mul
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-Images = list[np.ndarray | None]  # (size, size) uint8, ink 255 on 0; None: nothing is there
-BLANK = "blank: no ink found"
+BLANK = "blank: nothing is written"
 SQUARE = np.ones((3, 3), np.uint8)  # reaches all 8 neighbours of a pixel
 
 
+class Features(NamedTuple):
+    """What a reading keeps of the picture's ink, and what it leaves out."""
+
+    left_out: float = 0.0  # of the ink within the rim that is on no line, the fraction left out
+    parts_left_out: float = 0.0  # how many, of those that lie mostly within the rim
+    parts_kept: float = 0.0  # how many beyond the first
+    offset: float = 0.0  # of what is kept from the picture's centre, half sides
+    at_rim: float = 0.0  # of what is kept, the fraction in the rim
+    open_ends: float = 0.0  # 1: a line is taken out that ends free, as strokes do
+    unlikely: float = 0.0  # 1: ink is as light, or as dark, as paper is more likely to be
+    blank: float = 0.0  # 1: nothing is kept
+    stroke_extent: float = 0.0  # of the ink that blank leaves out, as thin strokes show it: the
+    # longest part within the rim, as a fraction of the side
+    ink_extent: float = 0.0  # the same as the first view shows it
+
+
+# Nats, of each feature, fitted by images_for_readme/readings.py on scenes, forms and field sets
+WEIGHTS = Features(
+    left_out=-1.49,
+    parts_left_out=-1.86,
+    parts_kept=-1.0,
+    offset=-1.44,
+    at_rim=-2.86,
+    open_ends=-0.81,
+    unlikely=-1.78,
+    blank=-1.41,
+    stroke_extent=-3.25,
+    ink_extent=-2.17,
+)
+
+
 class Reading(NamedTuple):
-    """One way to see the character in a picture."""
+    """One way to see the character in a picture or, without an image, that there is none."""
 
-    image: np.ndarray | None  # (size, size) uint8, ink 255 on 0; None: no character is there
-    penalty: float = 0.0  # nats by which the net must like it better than a reading without
+    image: np.ndarray | None  # (size, size) uint8, ink 255 on 0
+    features: Features
+
+    @property
+    def score(self) -> float:
+        """Nats by which this reading is more likely than another, but for what the net says."""
+        return sum(map(mul, self.features, WEIGHTS))
 
 
-def prepare(path: str, size: int) -> np.ndarray:
+def prepare(path: str | os.PathLike, size: int) -> np.ndarray:
     """Read a picture file and fit the character in it: (size, size) uint8, ink 255 on 0.
 
     Raises ValueError, one line for the user, for whatever is wrong with the file, and if it holds
     no ink.
     """
-    return read_first(path, size)[0]
-
-
-def read_first(path: str, size: int) -> tuple[np.ndarray, bool | None]:
-    """Return what `prepare` does, and whether `propose` should be asked for other readings.
-
-    None: it need not be asked at all, as the picture is in EMNIST's form.
-    """
-    with explained(path):
-        return fit_first(to_grey(read(path)), size)
+    _, _, reading = read_first(path, size)
+    if reading.image is None:
+        raise ValueError(BLANK)
+    return reading.image
 
 
 def fit(grey: np.ndarray, size: int) -> np.ndarray:
     """Fit the character in a grey picture to the form of EMNIST's: (size, size) uint8.
 
-    grey: (H, W) uint8, ink darker or lighter than the paper. Ink becomes 255 on 0, centred by its
-    bounding box. Raises ValueError(BLANK) if there is no ink.
+    grey: (H, W) uint8, ink darker or lighter than the paper; of more than some 100 px a side it is
+    slow. Ink becomes 255 on 0, centred by its bounding box. Raises ValueError if there is no ink.
     """
-    return fit_first(grey, size)[0]
+    reading = first_reading(grey, first_view(grey), size)
+    if reading.image is None:
+        raise ValueError(BLANK)
+    return reading.image
 
 
-def fit_first(grey: np.ndarray, size: int) -> tuple[np.ndarray, bool | None]:
-    """Return what `fit` does, and the doubt about it as `read_first` does."""
+def read_first(path: str | os.PathLike, size: int) -> tuple[Image.Image, np.ndarray, Reading]:
+    """Return a picture as read, grey (H, W) uint8, and its first reading: all ink but specks.
+
+    A character that is small in its picture is read again, larger: then grey is what is around it.
+    Raises ValueError as `read` does.
+    """
+    picture = read(path)
+    grey = to_grey(picture)
+    view = first_view(grey)
+    if view and max(grey.shape) >= WORKING_LENGTH and min(grey.shape) >= ENLARGED_SIDE:
+        box = cv2.boundingRect(without_specks(view.mask))
+        if max(box[2:]) < SMALL_LENGTH:
+            grey = to_grey(read_larger(path, box, grey.shape))
+            view = first_view(grey)
+    return picture, grey, first_reading(grey, view, size)
+
+
+def propose(grey: np.ndarray, size: int) -> list[Reading]:
+    """Return every plain reading of a picture: of each view the ink, with and without ruled lines,
+    and of its parts all or some; as it is, if it may be EMNIST's own; and that nothing is written.
+
+    grey: (H, W) uint8. Of readings with the same image the likeliest is returned.
+    """
+    readings = []
     emnist_image = as_emnist(grey, size)
     if emnist_image is not None:
-        return emnist_image, None
-    character = find_character(lighten_ink(grey))
-    image = to_emnist_form(character, size) if character else None
-    if image is None:
-        raise ValueError(BLANK)
-    return image, character.in_doubt
+        readings.append(Reading(emnist_image, Features()))
+    has_lines = min(grey.shape) >= PHOTO_SIDE
+    extents = []  # of blank, in the first two views
+    for view, is_unlikely in see(grey):
+        found = []
+        extent = 0.0
+        if view:
+            found, extent = read_view(view, is_unlikely, has_lines, size)
+        readings += found
+        extents.append(extent)
+    ink_extent, stroke_extent = extents[:2]
+    readings.append(Reading(None, Features(0, 0, 0, 0, 0, 0, 0, 1.0, stroke_extent, ink_extent)))
+    likeliest: dict[bytes | None, Reading] = {}
+    for reading in sorted(readings, key=lambda reading: -reading.score):
+        pixels = None if reading.image is None else reading.image.tobytes()
+        likeliest.setdefault(pixels, reading)
+    return list(likeliest.values())
 
 
 # Read a file
@@ -97,6 +164,10 @@ SUFFIXES = tuple(UNREAD) + tuple(  # of files that are pictures, read or not
 )
 WORKING_LENGTH = 96  # px: pictures are reduced as far as their longer side stays this long
 WORKING_WIDTH = 4  # px: and their shorter side this long
+STRIP_LENGTH = 1536  # px: but no strip stays longer
+SMALL_LENGTH = 14  # px: a shorter character, in a picture that was reduced, is read again
+CLEAR_LENGTH = 40  # px: to this length
+SURROUNDINGS = 1.5  # of its length: how far what is around it is read again as well
 
 
 @cache
@@ -110,11 +181,23 @@ def readable_formats() -> list[str]:
     return ["HEIF", *FORMATS]
 
 
-def read(path: str, length: int = WORKING_LENGTH) -> Image.Image:
+def read(path: str | os.PathLike, length: int = WORKING_LENGTH) -> Image.Image:
     """Read a picture upright, in mode L, RGB, RGBA, I or F, `length` px long or somewhat more.
 
-    Of an animation, the first frame. Pipes and devices are refused without being opened. Raises
-    OSError, ValueError or whatever else Pillow raises for bytes that are no sound picture.
+    Of an animation, the first frame. Raises ValueError, one line for the user, for whatever is
+    wrong with the file.
+    """
+    path = os.fspath(path)
+    try:
+        return decode(path, length)
+    except Exception as error:  # Pillow raises nearly everything for broken files
+        raise ValueError(explain(error, path)) from None
+
+
+def decode(path: str, length: int) -> Image.Image:
+    """Do what `read` does; pipes and devices are refused without being opened.
+
+    Raises OSError, ValueError or whatever else Pillow raises for bytes that are no sound picture.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError("not a regular file")
@@ -139,9 +222,25 @@ def read(path: str, length: int = WORKING_LENGTH) -> Image.Image:
 
 def reduction(picture: Image.Image, length: int) -> int:
     """Return how many times smaller a picture may be; of a long strip its narrow side decides."""
-    by_longer = max(picture.size) // length
-    by_shorter = min(picture.size) // WORKING_WIDTH
-    return max(1, min(by_longer, by_shorter))
+    longer = max(picture.size)
+    by_width = max(min(picture.size) // WORKING_WIDTH, longer // STRIP_LENGTH)
+    return max(1, min(longer // length, by_width))
+
+
+def read_larger(path: str | os.PathLike, box: tuple, shape: tuple[int, int]) -> Image.Image:
+    """Read what is around a small character again, the character CLEAR_LENGTH px long.
+
+    box: left, top, width, height of the character, px of the picture as it was read: `shape`.
+    """
+    x, y, width, height = box
+    length = max(width, height)
+    picture = read(path, round(max(shape) * CLEAR_LENGTH / length))
+    scale = max(picture.size) / max(shape)  # the shorter side may be rounded up
+    centre = np.array([x + width / 2, y + height / 2])
+    reach = SURROUNDINGS * length
+    corners = np.concatenate([centre - reach, centre + reach]) * scale
+    limits = (*picture.size, *picture.size)  # of left, top, right, bottom
+    return picture.crop(corners.clip(0, limits).round().astype(int).tolist())
 
 
 def to_plain_mode(picture: Image.Image) -> Image.Image:
@@ -156,18 +255,6 @@ def to_plain_mode(picture: Image.Image) -> Image.Image:
     return picture.convert("I" if mode.startswith("I;16") else "RGB")
 
 
-@contextmanager
-def explained(path: str) -> Iterator[None]:
-    """Turn whatever reading a file may raise into a ValueError of one line for the user."""
-    cv2.setNumThreads(1)  # there are workers enough
-    try:
-        yield
-    except Exception as error:  # Pillow raises nearly everything for broken files
-        if str(error) == BLANK:
-            raise
-        raise ValueError(explain(error, path)) from None
-
-
 def explain(error: Exception, path: str) -> str:
     """Say in one line why a picture could not be read."""
     if isinstance(error, UnidentifiedImageError):
@@ -178,6 +265,8 @@ def explain(error: Exception, path: str) -> str:
         return "not a picture in a format that is read here"
     if isinstance(error, Image.DecompressionBombError):
         return f"too large: over {Image.MAX_IMAGE_PIXELS:,} pixels"
+    if isinstance(error, MemoryError):
+        return "too large: decoding it takes more memory than there is"
     text = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
     return "can't be read: " + "".join(c if c.isprintable() else "?" for c in text)[:200]
 
@@ -226,12 +315,8 @@ def on_paper(picture: Image.Image) -> Image.Image:
     return Image.alpha_composite(ground, picture).convert("RGB")
 
 
-# The first reading: all ink, but for specks
+# Views: grey levels as ink on paper
 
-EMNIST_LENGTHS = (21 / 28, 26.5 / 28)  # of the side: of EMNIST's characters, with their traces
-EMNIST_OFFSET = 1 / 28  # of the side: they are no farther off the centre
-INK_LIMIT = 0.5  # of the area; EMNIST's mean is 0.17. What is more is paper, in a frame
-TRACE_LEVEL = 0.1  # of the contrast: of the outermost trace of EMNIST's characters
 LEAST_CONTRAST = 8  # grey levels of 256 between paper and ink
 NOISE_LIMIT = 3  # deviations of noise: paper and ink differ by more
 INK_LEVEL = 0.45  # of the way from paper to ink, by their means: where ink begins
@@ -242,39 +327,82 @@ PAPER_WINDOW = 21  # cells a side, of the median that is taken over them
 PAPER_GRAIN = 3  # grey levels that paper deviates from its estimate
 FRAME_INSET = 0.12  # of the shorter side: where the border's vote is taken, within most frames
 CROP_INSET = 0.06  # the same, where the character may fill its picture
-SPECK_AREA = 0.02  # of that of the largest part: what is smaller is dirt; an i's dot has some 0.05
-RIM = 0.12  # of the picture's side: where frames, rules and neighbours lie
-SMALL_LENGTH = 14  # px: a shorter character, in a picture that was reduced, is read again
+CLOSE_VOTE = 0.3  # of two: with less between them, either dark or light may be ink
+TINY_SIDE = 12  # px: a picture with a shorter side has no strokes to tell apart
+ENLARGED_SIDE = 64  # px: smaller pictures are enlarged to this side, to find strokes
+STROKE_LIMIT = 0.22  # of the shorter side; what is wider is a shadow, a table, paper
+EDGE_SLOPE = 0.15  # of the contrast by px: edges of drawn clouds have 0.12 at most, of ink 0.2
 
 
-def as_emnist(grey: np.ndarray, size: int) -> np.ndarray | None:
-    """Return a picture of EMNIST's own, be it enlarged or negative, as it was; None for others.
+class View(NamedTuple):
+    """A picture as ink on paper."""
 
-    It is a square of a multiple of `size`, of one level along its border, and holds the character
-    as those do, and nothing around it.
+    light: np.ndarray  # (H, W) uint8, ink lighter than paper
+    paper: float  # the paper's level
+    contrast: float  # how far the level of ink is above it
+    mask: np.ndarray  # (H, W) uint8: 1 where ink is
+
+
+def first_view(grey: np.ndarray) -> View | None:
+    """See all that is darker, or lighter, than evenly lit paper as ink; None: there is none."""
+    light = lighten_ink(grey)
+    noise = noise_deviation(light) if min(light.shape) >= PHOTO_SIDE else 0
+    return find_ink(light, max(LEAST_CONTRAST, NOISE_LIMIT * noise))
+
+
+def see(grey: np.ndarray) -> Iterator[tuple[View | None, bool]]:
+    """Yield the views of a picture, and whether ink is unlikely to be as light or dark as there.
+
+    First all ink, then thin strokes, then each with ink and paper the other way round.
     """
-    rows, columns = grey.shape
-    border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
-    low = int(border.min())
-    high = int(border.max())
-    if rows != columns or rows % size or high - low > LEAST_CONTRAST:
+    first = first_view(grey)
+    yield first, False
+    if min(grey.shape) < TINY_SIDE:
+        yield first, False  # there are no strokes to tell apart
+    else:
+        ink_is_light = vote_on_paper(grey, FRAME_INSET) <= 0
+        yield strokes_view(grey, ink_is_light), False
+        yield strokes_view(grey, not ink_is_light), True
+    yield inverted_view(grey), True
+
+
+def inverted_view(grey: np.ndarray) -> View | None:
+    """See as paper what the first view takes for ink; None where the vote on it is clear."""
+    if abs(vote_on_paper(grey, CROP_INSET)) >= CLOSE_VOTE:
         return None
-    ink = cv2.absdiff(grey, np.full_like(grey, (low + high) // 2))
-    ink = cv2.resize(ink, (size, size), interpolation=cv2.INTER_AREA)
-    most = int(ink.max())
-    mask = np.uint8(ink > TRACE_LEVEL * most)
-    x, y, width, height = np.array(cv2.boundingRect(mask)) / size
-    off_centre = max(abs(x + width / 2 - 0.5), abs(y + height / 2 - 0.5))
-    shortest, longest = EMNIST_LENGTHS
-    if off_centre > EMNIST_OFFSET or not shortest <= max(width, height) <= longest:
+    light = 255 - lighten_ink(grey)
+    return find_ink(light, LEAST_CONTRAST)
+
+
+def strokes_view(grey: np.ndarray, ink_is_light: bool) -> View | None:
+    """See what is thin, and lighter or darker than around it, as ink; None: nothing is.
+
+    That is what a morphological opening, or closing for dark ink, takes away (top-hat, black-hat),
+    so that shadows and the table around a card are gone.
+    """
+    if min(grey.shape) < ENLARGED_SIDE:
+        scale = ENLARGED_SIDE / min(grey.shape)
+        grey = cv2.resize(grey, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
+    width = max(3, round(STROKE_LIMIT * min(grey.shape)) | 1)  # px, odd
+    operation = cv2.MORPH_TOPHAT if ink_is_light else cv2.MORPH_BLACKHAT
+    beyond = 0 if ink_is_light else 255  # the level beyond the border: paper's
+    kernel = np.ones((width, width), np.uint8)
+    border = {"borderType": cv2.BORDER_CONSTANT, "borderValue": beyond}
+    light = cv2.morphologyEx(grey, operation, kernel, **border)
+    view = find_ink(light, max(LEAST_CONTRAST, NOISE_LIMIT * noise_deviation(grey)))
+    if view is None or edge_slope(light, view.mask) < EDGE_SLOPE * view.contrast:
         return None
-    if most < LEAST_CONTRAST or cv2.mean(ink)[0] > INK_LIMIT * most:
+    return view
+
+
+def find_ink(light: np.ndarray, least_contrast: float) -> View | None:
+    """Tell ink from paper in (H, W) uint8 of two levels, ink the lighter; None: there is none."""
+    mask = mask_light(light)
+    paper = cv2.mean(light, mask=1 - mask)[0]
+    contrast = cv2.mean(light, mask=mask)[0] - paper
+    if min(contrast, np.ptp(light)) < least_contrast:
         return None
-    if cv2.connectedComponents(mask)[0] > 2:  # paper and the character
-        parts = tell_parts(mask)
-        if find_rings(parts, parts.area > 0).any():
-            return None
-    return cv2.normalize(ink, None, 0, 255, cv2.NORM_MINMAX)
+    return View(light, paper, contrast, np.uint8(light > paper + INK_LEVEL * contrast))
 
 
 def lighten_ink(grey: np.ndarray) -> np.ndarray:
@@ -292,7 +420,7 @@ def mask_light(grey: np.ndarray) -> np.ndarray:
 def even_light(grey: np.ndarray) -> np.ndarray:
     """Bring paper to level 128 where both dark and light deviate too much for evenly lit paper.
 
-    Paper is what is most in any window, so its median.
+    Most of any window is paper, so that the window's median is paper's level there.
     """
     mask = mask_light(grey)
     light, light_deviation = cv2.meanStdDev(grey, mask=mask)
@@ -320,41 +448,34 @@ def vote_on_paper(grey: np.ndarray, inset: float) -> float:
     return float(mask.mean() + border.mean() - 1)
 
 
-class Character(NamedTuple):
-    """A character found in a picture."""
-
-    light: np.ndarray  # (H, W) uint8, ink lighter than paper
-    paper: float  # the paper's level
-    contrast: float  # how far the level of ink is above it
-    mask: np.ndarray  # (H, W) uint8: 1 where its ink is
-    in_doubt: bool = False  # it is small, or ink touches the border: others may be better
-
-
-def find_character(light: np.ndarray) -> Character | None:
-    """Find the character in a picture (H, W) uint8 of ink lighter than the paper; None: no ink."""
-    mask = mask_light(light)
-    paper = cv2.mean(light, mask=1 - mask)[0]
-    contrast = cv2.mean(light, mask=mask)[0] - paper
-    noise = noise_deviation(light) if min(light.shape) >= PHOTO_SIDE else 0
-    if min(contrast, np.ptp(light)) < max(LEAST_CONTRAST, NOISE_LIMIT * noise):
-        return None
-    parts = tell_parts(np.uint8(light > paper + INK_LEVEL * contrast))
-    mask = parts.mask(parts.area >= SPECK_AREA * parts.area.max())
-    if cv2.countNonZero(mask) < 2:  # px: a dot
-        return None
-    box = cv2.boundingRect(mask)
-    is_small = max(box[2:]) < SMALL_LENGTH and max(mask.shape) >= WORKING_LENGTH
-    is_tight = box == (0, 0, *mask.shape[::-1])
-    is_at_border = bool(parts.touching.any()) and not is_tight
-    return Character(light, paper, contrast, mask, is_small or is_at_border)
-
-
 def noise_deviation(grey: np.ndarray) -> float:
-    """Return the standard deviation of noise, by what no smooth surface has (Immerkær 1996)."""
+    """Return the standard deviation of noise; the kernel is blind to smooth surfaces.
+
+    Source: Immerkær 1996, Computer Vision and Image Understanding 64(2); the median for his mean.
+    """
     kernel = np.outer((1, -2, 1), (1, -2, 1)).astype(np.float32)
     steps = np.abs(cv2.filter2D(grey, cv2.CV_32F, kernel)).ravel()
     median = np.partition(steps, steps.size // 2)[steps.size // 2]
     return float(median) / (6 * 0.6745)  # the kernel's norm; a normal deviation's median
+
+
+def edge_slope(light: np.ndarray, mask: np.ndarray) -> float:
+    """Return how steep the edge of a mask is on the average, grey levels by px."""
+    edge = cv2.morphologyEx(mask, cv2.MORPH_GRADIENT, SQUARE)
+    across = cv2.Sobel(light, cv2.CV_32F, 1, 0, scale=1 / 8)
+    down = cv2.Sobel(light, cv2.CV_32F, 0, 1, scale=1 / 8)
+    return cv2.mean(cv2.magnitude(across, down), mask=edge)[0]
+
+
+# Parts of the ink: connected ones, and ruled lines
+
+RIM = 0.12  # of the picture's side: where frames, rules and neighbours lie
+LINE_LENGTH = 0.7  # of the picture's side: lines are longer
+LINE_THICKNESS = 0.2  # of the picture's side: and not thicker
+LINE_RIM = 0.2  # of the picture's side: and lie at the rim, or go from border to border
+LINE_REACH = 4  # px: an end that is as near to a line across is joined to it
+LINE_GAP = 7  # px: where a line is taken out, strokes on both of its sides are joined over it
+SPECK_AREA = 0.02  # of that of the largest part: what is smaller is dirt; an i's dot has some 0.05
 
 
 class Parts(NamedTuple):
@@ -367,241 +488,232 @@ class Parts(NamedTuple):
     bottom: np.ndarray
     area: np.ndarray
     inside: np.ndarray  # pixels that lie farther in than the rim
+    off_line: np.ndarray  # of these, pixels that are on no line
     touching: np.ndarray  # whether it touches the picture's border
 
     def mask(self, chosen: np.ndarray) -> np.ndarray:
         """Return the mask (H, W) uint8 of those parts for which `chosen`, (n,) bool, is true."""
         return np.concatenate([[False], chosen]).astype(np.uint8)[self.labels]
 
+    def is_large(self, chosen: np.ndarray) -> np.ndarray:
+        """Return `chosen`, (n,) bool, without specks beside that with most pixels inside."""
+        main = np.where(chosen, self.inside + 0.01 * self.area, -1).argmax()
+        return chosen & (self.area >= SPECK_AREA * self.area[main])
 
-def tell_parts(mask: np.ndarray) -> Parts:
-    """Tell apart the connected parts of a mask (H, W) uint8 of ink."""
+
+def tell_parts(mask: np.ndarray, lines: np.ndarray) -> Parts:
+    """Tell apart the connected parts of a mask of ink; mask and lines: (H, W) uint8."""
     count, labels, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
     left, top, width, height, area = stats[1:].T
     right = left + width
     bottom = top + height
     rows, columns = mask.shape
-    rim_y = round(RIM * rows)
-    rim_x = round(RIM * columns)
-    inner = labels[rim_y : rows - rim_y, rim_x : columns - rim_x]
-    inside = np.bincount(inner.ravel(), minlength=count)[1:]
+    inner = within_rim(mask.shape)
+    inside = np.bincount(labels[inner].ravel(), minlength=count)[1:]
+    off_line = np.bincount(labels[inner][lines[inner] == 0], minlength=count)[1:]
     to_border = np.min([left, top, columns - right, rows - bottom], axis=0)
-    return Parts(labels, left, top, right, bottom, area, inside, to_border <= 1)
+    return Parts(labels, left, top, right, bottom, area, inside, off_line, to_border <= 1)
 
 
-# Other readings: strokes alone, without lines, without some of the parts
-
-PENALTY = 3.0  # nats, of a proposal; 0 if merely enlarged, twice this with the unlikely polarity
-CLOSE_VOTE = 0.3  # of two: with less between them, either dark or light may be ink
-TINY_SIDE = 12  # px: a picture with a shorter side has no strokes to tell apart
-ENLARGED_SIDE = 64  # px: smaller pictures are enlarged to this side
-CLEAR_LENGTH = 40  # px, to which a small character is read again
-SURROUNDINGS = 1.5  # of its length: how far what is around it is read again as well
-STROKE_LIMIT = 0.22  # of the shorter side; what is wider is a shadow, a table, paper
-EDGE_SLOPE = 0.15  # of the contrast by px: edges of drawn clouds have 0.12 at most, of ink 0.2
-LEAST_AREA = 12  # px, of the ink of a character
-LINE_LENGTH = 0.7  # of the picture's side: lines are longer
-LINE_THICKNESS = 0.12  # of the picture's side: and not thicker
-LINE_RIM = 0.2  # of the picture's side: and lie at the rim, or go from border to border
-LINE_GAP = 7  # px: where a line is taken out, strokes on both of its sides are joined over it
-UNDERLINE_ASPECT = 4  # width over height: underlines are flatter
-UNDERLINE_LENGTH = 0.2  # of the picture's width: and longer
+def within_rim(shape: tuple[int, int]) -> tuple[slice, slice]:
+    """Return the rows and columns of a picture that lie farther in than its rim."""
+    rim_y = round(RIM * shape[0])
+    rim_x = round(RIM * shape[1])
+    return slice(rim_y, shape[0] - rim_y), slice(rim_x, shape[1] - rim_x)
 
 
-def propose(path: str, size: int) -> list[Reading]:
-    """Return other readings of a picture file than the first, for the net to choose among.
-
-    A small character is read again, larger; where polarity is in doubt, all is read inverted; then
-    thin strokes alone are taken, in both polarities, with and without ruled lines, and of their
-    parts all or some. Some readings may be alike. All are without an image where nothing but the
-    lines of an empty form is found. Raises ValueError as `prepare` does.
-    """
-    with explained(path):
-        grey = to_grey(read(path))
-        enlarged = enlarge_small_character(path, grey)
-    readings = []
-    if enlarged is not None:
-        grey = enlarged
-        readings.append(Reading(fit_ink(lighten_ink(grey), size)))
-    if abs(vote_on_paper(grey, CROP_INSET)) < CLOSE_VOTE:
-        readings.append(Reading(fit_ink(255 - lighten_ink(grey), size), PENALTY))
-    if min(grey.shape) < TINY_SIDE:
-        return readings
-    ink_is_light = vote_on_paper(grey, FRAME_INSET) <= 0
-    likely, is_empty_form = fit_strokes(grey, ink_is_light, size)
-    if is_empty_form:
-        return [Reading(None)]
-    unlikely, _ = fit_strokes(grey, not ink_is_light, size)
-    readings += [Reading(image, PENALTY) for image in likely]
-    readings += [Reading(image, 2 * PENALTY) for image in unlikely if image is not None]
-    return readings
+def find_extent(mask: np.ndarray) -> float:
+    """Return how long the longest part of a mask is within the rim, as a fraction of the side."""
+    inner = np.ascontiguousarray(mask[within_rim(mask.shape)])
+    _, _, stats, _ = cv2.connectedComponentsWithStats(inner, connectivity=8)
+    lengths = stats[1:, [cv2.CC_STAT_HEIGHT, cv2.CC_STAT_WIDTH]] / inner.shape
+    return float(lengths.max(initial=0))
 
 
-def fit_ink(light: np.ndarray, size: int) -> np.ndarray | None:
-    """Fit all that is ink in a picture, lighter than paper; None where nothing is."""
-    character = find_character(light)
-    return to_emnist_form(character, size) if character else None
-
-
-def enlarge_small_character(path: str, grey: np.ndarray) -> np.ndarray | None:
-    """Read a character that is small in its picture again, larger; None if it is not small."""
-    if min(grey.shape) < ENLARGED_SIDE:
-        return None
-    character = find_character(lighten_ink(grey))
-    x, y, width, height = cv2.boundingRect(character.mask) if character else (0, 0, 0, 0)
-    length = max(width, height)
-    if not 0 < length < SMALL_LENGTH:
-        return None
-    picture = read(path, round(max(grey.shape) * CLEAR_LENGTH / length))
-    scale = max(picture.size) / max(grey.shape)  # the shorter side may be rounded up
-    centre = np.array([x + width / 2, y + height / 2])
-    reach = SURROUNDINGS * length
-    corners = np.concatenate([centre - reach, centre + reach]) * scale
-    limits = (*picture.size, *picture.size)  # of left, top, right, bottom
-    return to_grey(picture.crop(corners.clip(0, limits).round().astype(int).tolist()))
-
-
-def fit_strokes(grey: np.ndarray, ink_is_light: bool, size: int) -> tuple[Images, bool]:
-    """Fit what is thin in a grey picture and lighter, or darker, than around it.
-
-    Returns images, None among them where nothing is there, and whether nothing but the lines of an
-    empty form is: then there are no images. Masks hold 0 and 1: `& ~m` clears where m is 1.
-    """
-    if min(grey.shape) < ENLARGED_SIDE:
-        scale = ENLARGED_SIDE / min(grey.shape)
-        grey = cv2.resize(grey, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
-    light = thin_strokes(grey, ink_is_light)
-    contrast = cv2.mean(light, mask=mask_light(light))[0]
-    mask = np.uint8(light > INK_LEVEL * contrast)
-    is_faint = contrast < max(LEAST_CONTRAST, NOISE_LIMIT * noise_deviation(grey))
-    if is_faint or edge_slope(light, mask) < EDGE_SLOPE * contrast:
-        return [None], False
-    images = fit_parts(light, contrast, mask, size)
-    lines, is_corner = find_lines(mask)
-    if not lines.any():
-        return images, False
-    rest = join_over(mask & ~lines, lines)
-    removed = cv2.dilate(mask & ~rest, SQUARE) & ~rest
-    without_lines = fit_parts(np.where(removed, np.uint8(0), light), contrast, rest, size)
-    if not is_corner and all(image is None for image in without_lines):
-        return [], True
-    return images + without_lines, False
-
-
-def thin_strokes(grey: np.ndarray, ink_is_light: bool) -> np.ndarray:
-    """Return ink on paper of level 0, (H, W) uint8: what is thinner than STROKE_LIMIT.
-
-    It is what a morphological opening, or closing for dark ink, takes away (top-hat, black-hat),
-    so that shadows and the table around a card are gone.
-    """
-    width = max(3, round(STROKE_LIMIT * min(grey.shape)) | 1)  # px, odd
-    operation = cv2.MORPH_TOPHAT if ink_is_light else cv2.MORPH_BLACKHAT
-    paper = 0 if ink_is_light else 255  # beyond the border
-    kernel = np.ones((width, width), np.uint8)
-    border = {"borderType": cv2.BORDER_CONSTANT, "borderValue": paper}
-    return cv2.morphologyEx(grey, operation, kernel, **border)
-
-
-def edge_slope(light: np.ndarray, mask: np.ndarray) -> float:
-    """Return how steep the edge of a mask is on the average, grey levels by px."""
-    edge = cv2.morphologyEx(mask, cv2.MORPH_GRADIENT, SQUARE)
-    across = cv2.Sobel(light, cv2.CV_32F, 1, 0, scale=1 / 8)
-    down = cv2.Sobel(light, cv2.CV_32F, 0, 1, scale=1 / 8)
-    return cv2.mean(cv2.magnitude(across, down), mask=edge)[0]
+def without_specks(mask: np.ndarray) -> np.ndarray:
+    """Return a mask (H, W) uint8 without parts far smaller than the largest."""
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
+    area = stats[:, cv2.CC_STAT_AREA]
+    is_ink = area >= SPECK_AREA * area[1:].max()
+    is_ink[0] = False  # paper
+    return is_ink.astype(np.uint8)[labels]
 
 
 def find_lines(mask: np.ndarray) -> tuple[np.ndarray, bool]:
-    """Return a mask (H, W) uint8 of ruled lines, and whether they are two that form a corner.
+    """Return the mask (H, W) uint8 of ruled lines, and whether one has an open end.
 
-    A line is straight to a pixel, along an axis, long and thin. It lies at the rim of the picture
-    or, if it lies flat, goes from border to border. Two in a corner may be an L or a 7.
+    An end is open that is neither at the picture's border nor at a line across.
+    """
+    flat, flat_boxes = find_flat_lines(mask, anywhere=True)
+    upright, upright_boxes = find_flat_lines(np.ascontiguousarray(mask.T), anywhere=False)
+    is_open = has_open_end(flat_boxes, upright.T) or has_open_end(upright_boxes, flat.T)
+    return flat | upright.T, is_open
+
+
+def find_flat_lines(mask: np.ndarray, anywhere: bool) -> tuple[np.ndarray, list[tuple]]:
+    """Return the mask (H, W) uint8 of lines from left to right, and their bounding boxes.
+
+    A line is straight to a pixel, long and thin. It lies at the rim of the picture or, where it may
+    lie anywhere, goes from border to border.
     """
     lines = np.zeros_like(mask)
-    sides = set()
-    for is_upright in (False, True):
-        turned = np.ascontiguousarray(mask.T) if is_upright else mask
-        rows, columns = turned.shape
-        length = np.ones((1, max(5, round(LINE_LENGTH * columns))), np.uint8)
-        tolerant = cv2.dilate(turned, np.ones((3, 1), np.uint8))
-        straight = cv2.morphologyEx(tolerant, cv2.MORPH_OPEN, length) & turned
-        _, labels, stats, centres = cv2.connectedComponentsWithStats(straight, connectivity=8)
-        for label in range(1, len(stats)):
-            x, _, width, _, area = stats[label]
-            position = centres[label][1] / rows
-            at_rim = min(position, 1 - position) < LINE_RIM
-            across = not is_upright and x <= 1 and x + width >= columns - 1
-            if area / width <= LINE_THICKNESS * rows + 1 and (at_rim or across):
-                line = np.uint8(labels == label)
-                lines |= line.T if is_upright else line
-                sides.add((is_upright, position > 0.5))
-    directions = {is_upright for is_upright, _ in sides}
-    return lines, len(sides) == 2 and len(directions) == 2
+    boxes = []
+    rows, columns = mask.shape
+    length = np.ones((1, max(5, round(LINE_LENGTH * columns))), np.uint8)
+    tolerant = cv2.dilate(mask, np.ones((3, 1), np.uint8))
+    straight = cv2.morphologyEx(tolerant, cv2.MORPH_OPEN, length) & mask
+    _, labels, stats, centres = cv2.connectedComponentsWithStats(straight, connectivity=8)
+    for label in range(1, len(stats)):
+        x, y, width, height, area = stats[label]
+        position = centres[label][1] / rows
+        at_rim = min(position, 1 - position) < LINE_RIM
+        goes_across = anywhere and x <= 1 and x + width >= columns - 1
+        if area / width <= LINE_THICKNESS * rows + 1 and (at_rim or goes_across):
+            lines |= np.uint8(labels == label)
+            boxes.append((x, y, width, height))
+    return lines, boxes
 
 
-def join_over(rest: np.ndarray, lines: np.ndarray) -> np.ndarray:
-    """Join strokes of a mask over the lines that were taken out of it."""
+def has_open_end(boxes: list[tuple], across: np.ndarray) -> bool:
+    """Say whether one of some flat lines, given by their boxes, has an open end."""
+    for x, y, width, height in boxes:
+        rows = slice(max(0, y - 1), y + height + 1)
+        for end in (x, x + width):
+            near = across[rows, max(0, end - LINE_REACH) : end + LINE_REACH]
+            if 2 < end < across.shape[1] - 2 and not near.any():
+                return True
+    return False
+
+
+def take_out(view: View, lines: np.ndarray) -> View | None:
+    """Take the lines out of a view; what then is ink is told anew. None: nothing is."""
+    rest = view.mask & ~lines  # masks hold 0 and 1: `& ~m` clears where m is 1
     down = cv2.morphologyEx(rest, cv2.MORPH_CLOSE, np.ones((LINE_GAP, 1), np.uint8))
     across = cv2.morphologyEx(rest, cv2.MORPH_CLOSE, np.ones((1, LINE_GAP), np.uint8))
-    return rest | ((down | across) & lines)
+    rest |= (down | across) & lines
+    removed = cv2.dilate(view.mask & ~rest, SQUARE) & ~rest
+    light = np.where(removed, np.uint8(view.paper), view.light)
+    return find_ink(light, LEAST_CONTRAST)
 
 
-def fit_parts(light: np.ndarray, contrast: float, mask: np.ndarray, size: int) -> Images:
-    """Fit what may be the character among the parts of ink; None where that is next to nothing.
+# Readings: which parts of the ink are the character's
 
-    light: (H, W) uint8, ink on paper of level 0; mask: (H, W) uint8, of the ink.
+LEAST_AREA = 12  # px, of the ink of a character in a photograph
+SINGLE_PARTS = 3  # so many of the largest parts are read each alone, and left out alone
+
+
+def first_reading(grey: np.ndarray, view: View | None, size: int) -> Reading:
+    """Read all ink of the first view but specks; a picture that may be EMNIST's own, as it is."""
+    emnist_image = as_emnist(grey, size)
+    if emnist_image is not None:
+        return Reading(emnist_image, Features())
+    if view is None:
+        return Reading(None, Features(blank=1.0))
+    parts = tell_parts(view.mask, np.zeros_like(view.mask))
+    chosen = parts.area >= SPECK_AREA * parts.area.max()
+    image = to_emnist_form(view, parts.mask(chosen), size)
+    return Reading(image, describe(parts, chosen, Features()))
+
+
+def read_view(
+    view: View, is_unlikely: bool, has_lines: bool, size: int
+) -> tuple[list[Reading], float]:
+    """Return the readings of a view, and the extent of its ink that is on no line."""
+    no_lines = np.zeros_like(view.mask)
+    common = Features(unlikely=float(is_unlikely))
+    if not has_lines:
+        return read_parts(view, no_lines, common, size), find_extent(view.mask)
+    lines, is_open = find_lines(view.mask)
+    readings = read_parts(view, lines, common, size)
+    if not lines.any():
+        return readings, find_extent(view.mask)
+    rest = take_out(view, lines)
+    if rest is None:
+        return readings, 0.0
+    common = common._replace(open_ends=float(is_open))
+    return readings + read_parts(rest, no_lines, common, size), find_extent(rest.mask)
+
+
+def read_parts(view: View, lines: np.ndarray, common: Features, size: int) -> list[Reading]:
+    """Return the readings of a view that keep some of its parts; `common`: what they share."""
+    parts = tell_parts(view.mask, lines)
+    least = LEAST_AREA if min(view.mask.shape) >= PHOTO_SIDE else 2
+    readings = []
+    for chosen in choose_parts(parts):
+        if parts.area[chosen].sum() >= least:
+            image = to_emnist_form(view, parts.mask(chosen), size)
+            if image is not None:
+                readings.append(Reading(image, describe(parts, chosen, common)))
+    return readings
+
+
+def choose_parts(parts: Parts) -> list[np.ndarray]:
+    """Return what may be the character among the parts, (n,) bool each.
+
+    All of them, all but what comes in from the border, each of the larger ones, all but that one.
     """
-    images = []
-    for chosen in choose_parts(mask):
-        character = Character(light, 0.0, contrast, chosen)
-        is_empty = cv2.countNonZero(chosen) < LEAST_AREA
-        images.append(None if is_empty else to_emnist_form(character, size))
-    return images
-
-
-def choose_parts(mask: np.ndarray) -> list[np.ndarray]:
-    """Return masks of what may be the character among the parts of a mask of ink.
-
-    All of it, or what does not come in from the border; of these, all of it, or what a ring is
-    drawn around, or what is underlined.
-    """
-    parts = tell_parts(mask)
-    everything = np.ones(len(parts.area), bool)
+    everything = parts.is_large(np.ones(len(parts.area), bool))
     from_border = parts.touching & (parts.inside < 0.5 * parts.area)
+    proposals = [everything, parts.is_large(~from_border)]
+    by_area = np.argsort(-np.where(everything, parts.area, 0), kind="stable")
+    for part in by_area[:SINGLE_PARTS]:
+        alone = np.arange(len(everything)) == part
+        proposals += [alone, parts.is_large(everything & ~alone)]
     choices = []
-    for chosen in (everything, ~from_border):
-        chosen = without_specks(parts, chosen)
-        for left_out in (~everything, find_rings(parts, chosen), find_underlines(parts, chosen)):
-            choice = without_specks(parts, chosen & ~left_out)
-            if not any(np.array_equal(choice, earlier) for earlier in choices):
-                choices.append(choice)
-    return [parts.mask(choice) for choice in choices]
+    for choice in proposals:
+        if choice.any() and not any(np.array_equal(choice, earlier) for earlier in choices):
+            choices.append(choice)
+    return choices
 
 
-def without_specks(parts: Parts, chosen: np.ndarray) -> np.ndarray:
-    """Return `chosen`, (n,) bool, without parts far smaller than that with most pixels inside."""
-    if not chosen.any():
-        return chosen
-    main = np.where(chosen, parts.inside + 0.01 * parts.area, -1).argmax()
-    return chosen & (parts.area >= SPECK_AREA * parts.area[main])
+def describe(parts: Parts, chosen: np.ndarray, common: Features) -> Features:
+    """Return the features of a reading that keeps the parts chosen, (n,) bool."""
+    rows, columns = parts.labels.shape
+    is_inner = parts.inside > 0.5 * parts.area
+    left_out = parts.is_large(np.ones_like(chosen)) & is_inner & ~chosen
+    x = (parts.left[chosen].min() + parts.right[chosen].max()) / columns - 1
+    y = (parts.top[chosen].min() + parts.bottom[chosen].max()) / rows - 1
+    return common._replace(
+        left_out=float(parts.off_line[~chosen].sum() / max(1, parts.off_line.sum())),
+        parts_left_out=float(left_out.sum()),
+        parts_kept=float(chosen.sum() - 1),
+        offset=float(np.hypot(x, y)),
+        at_rim=float(1 - parts.inside[chosen].sum() / parts.area[chosen].sum()),
+    )
 
 
-def find_rings(parts: Parts, chosen: np.ndarray) -> np.ndarray:
-    """Say which of the parts chosen, (n,) bool, go around another of some size."""
-    rings = np.zeros_like(chosen)
-    for i in np.flatnonzero(chosen):
-        within = (parts.left > parts.left[i]) & (parts.right < parts.right[i])
-        within &= (parts.top > parts.top[i]) & (parts.bottom < parts.bottom[i])
-        rings[i] = (chosen & within & (parts.area > 0.1 * parts.area[i])).any()
-    return rings
+# A picture of EMNIST's own, as it is
+
+EMNIST_LENGTHS = (21 / 28, 26.5 / 28)  # of the side: of EMNIST's characters, with their traces
+EMNIST_OFFSET = 1 / 28  # of the side: they are no farther off the centre
+INK_LIMIT = 0.5  # of the area; EMNIST's mean is 0.17. What is more is paper, in a frame
+TRACE_LEVEL = 0.1  # of the contrast: of the outermost trace of EMNIST's characters
 
 
-def find_underlines(parts: Parts, chosen: np.ndarray) -> np.ndarray:
-    """Say which of the parts chosen, (n,) bool, are flat and below all others."""
-    width = parts.right - parts.left
-    is_flat = width > UNDERLINE_ASPECT * (parts.bottom - parts.top)
-    flat = chosen & is_flat & (width > UNDERLINE_LENGTH * parts.labels.shape[1])
-    others = chosen & ~flat
-    return flat & (parts.top >= parts.bottom[others].max(initial=0) - 2) & others.any()
+def as_emnist(grey: np.ndarray, size: int) -> np.ndarray | None:
+    """Return a picture of EMNIST's own, be it enlarged or negative, as it was; None for others.
+
+    It is a square of a multiple of `size`, of one level along its border, and holds the character
+    as those do.
+    """
+    rows, columns = grey.shape
+    border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
+    low = int(border.min())
+    high = int(border.max())
+    if rows != columns or rows % size or high - low > LEAST_CONTRAST:
+        return None
+    ink = cv2.absdiff(grey, np.full_like(grey, (low + high) // 2))
+    ink = cv2.resize(ink, (size, size), interpolation=cv2.INTER_AREA)
+    most = int(ink.max())
+    mask = np.uint8(ink > TRACE_LEVEL * most)
+    x, y, width, height = np.array(cv2.boundingRect(mask)) / size
+    off_centre = max(abs(x + width / 2 - 0.5), abs(y + height / 2 - 0.5))
+    shortest, longest = EMNIST_LENGTHS
+    if off_centre > EMNIST_OFFSET or not shortest <= max(width, height) <= longest:
+        return None
+    if most < LEAST_CONTRAST or cv2.mean(ink)[0] > INK_LIMIT * most:
+        return None
+    return cv2.normalize(ink, None, 0, 255, cv2.NORM_MINMAX)
 
 
 # EMNIST's form
@@ -616,13 +728,13 @@ LENGTH = 22 / 28  # of the result's side, of ink above INK_END; EMNIST's median 
 # is 23.6 / 28
 
 
-def to_emnist_form(character: Character, size: int) -> np.ndarray | None:
+def to_emnist_form(view: View, mask: np.ndarray, size: int) -> np.ndarray | None:
     """Scale, centre, and bring to the width of EMNIST's strokes: (size, size) uint8.
 
-    None where it is thinner than a pixel of a long strip. A stroke's width is twice its area over
-    the length of its outline.
+    mask: (H, W) uint8 of the character's ink. None where sharpening leaves nothing of it, as of a
+    speck in a long strip. A stroke's width is twice its area over the length of its outline.
     """
-    light, paper, contrast, mask, _ = character
+    light, paper, contrast, _ = view
     reach = 1 if min(mask.shape) < PHOTO_SIDE else 2  # px: so far go the soft edges of strokes
     around = cv2.dilate(mask, SQUARE, iterations=reach)
     light = np.where(around, light, np.uint8(paper))
@@ -636,16 +748,16 @@ def to_emnist_form(character: Character, size: int) -> np.ndarray | None:
     ink = (height / min(contrast, height.max())).clip(0, 1)
     across = np.diff(ink[:-1], axis=1)
     down = np.diff(ink[:, :-1], axis=0)
-    outline = np.hypot(across, down).sum()
+    outline = max(np.hypot(across, down).sum(), 1.0)
     width = 2 * ink.sum() / outline
-    ink = thicken(ink, (STROKE_WIDTH * FINE_LENGTH - width) / 2)
+    ink = move_outline(ink, (STROKE_WIDTH * FINE_LENGTH - width) / 2)
     box = cv2.boundingRect(np.uint8(ink > INK_END))
     ink = square(ink, box, LENGTH * size, size, 0)
     return cv2.normalize(ink, None, 0, 255, cv2.NORM_MINMAX, cv2.CV_8U)
 
 
-def thicken(ink: np.ndarray, change: float) -> np.ndarray:
-    """Move the outline out by `change` px, between two whole numbers of them."""
+def move_outline(ink: np.ndarray, change: float) -> np.ndarray:
+    """Move the outline of ink out by `change` px, in if below 0; between whole px, mix both."""
     change = min(max(change, -FINE_LENGTH / 8), MARGIN - 2)
     whole = int(abs(change))
     move = cv2.dilate if change > 0 else cv2.erode
