@@ -30,10 +30,11 @@ import signal
 import sys
 import time
 import warnings
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path, PurePath
@@ -49,6 +50,8 @@ from picture import BLANK, SUFFIXES, Reading, propose, read, read_first, to_grey
 
 if TYPE_CHECKING:  # torch is imported late: the workers do without
     from torch import Tensor
+
+    import CNN
 
 PAGE = Path(__file__).with_name("report.html")
 UNPRINTABLE = re.compile(  # backslash, control characters and bytes that are not UTF-8
@@ -277,54 +280,51 @@ def in_order(submit: Callable, items: Iterable, ahead: int) -> Iterator[tuple[An
 
 
 # The net, and how it adapts to the folder; constants were tuned on ../shared/field and scenes
+#
+# How a picture becomes an answer:
+# 1. `look`: the net sees its first reading and, where that leaves it in doubt, the others.
+# 2. `adapt`: a sample tells the fraction of digits in the folder, and how its writers write.
+# 3. `judge`: with that, a reading gets a score, and in it each character a probability.
+# 4. `answer`: scores become probabilities of readings, one of which may be that the picture is
+#    blank; the answer is the likeliest character over all of them.
 
 BLOCK = 64  # images: a batch is filled up to whole blocks, as kernels differ by batch size
 TYPICALITY = 5.0  # nats that the median distance of validation weighs beside log probabilities
-DOUBT_DISTANCE = 0.88  # of the 95 % quantile: of a first reading farther from its class, others
-# are asked for
-BLANK_SCORE = -14.0  # nats: where a reading is blank, an image must score more to be answered
+DOUBT_SCORE = -15.0  # nats: where a first reading scores less, others are asked for
+SCORE_SCALE = 0.236  # what scores are multiplied by to be log probabilities
+BLANK_SCORE = -14.0  # nats, of a blank reading
 DIGIT_PRIOR_WEIGHT = 3.6  # pictures that the digit prior in training counts for in the estimate
 MEAN_WEIGHT = 40.0  # pictures that the mean of a class in training counts for
-CLASS_PRIOR_WEIGHT = 150.0  # pictures that the prior of a class in training counts for
 ADAPTING_ROUNDS = 3
 
 
 class Seen(NamedTuple):
-    """What the net sees in images; distances are squared, in medians of validation."""
+    """What the net sees in N images, whatever folder they come from."""
 
-    log_p: Tensor  # (N, allowed), nats: how likely each allowed character is, among all
+    log_p: Tensor  # (N, classes), nats: calibrated, with the prior of training
     features: Tensor  # (N, D), whitened
-    distances: Tensor  # (N, allowed), to the class means in training
-    adapted_distances: Tensor  # (N, allowed), to the class means adapted to the folder
 
 
-class Candidate(NamedTuple):
-    """What the net says of a reading that holds a character."""
+class Looked(NamedTuple):
+    """B pictures, their R readings, and what the net sees in these."""
 
-    image: np.ndarray  # (SIZE, SIZE) uint8
-    ranked: tuple[tuple[str, float], ...]  # the likeliest characters and their probabilities
-    distance: float  # of the likeliest class, in medians of validation
-    score: float  # nats: how much the image looks like a character
+    pictures: list[Picture]
+    readings: list[Reading]
+    owners: Tensor  # (R,) int64: the picture, by its place in the list, that a reading is of
+    seen: Seen
 
 
-class Classifier:
-    """A net made ready to answer, out of the characters of --alphabet.
+@dataclass(frozen=True)
+class Folder:
+    """What is known of a folder's pictures."""
 
-    How a picture becomes an answer:
+    log_prior: Tensor  # (classes,), nats more than in training; -inf: not in --alphabet
+    means: Tensor  # (classes, D), of whitened features, as the folder's writers write
+    digits: float | None = None  # their fraction, where it is told or estimated
 
-    1. The net judges the first reading. It is in doubt where picture.py says so, where it is blank,
-       or where it is far from the mean of its class: DOUBT_DISTANCE.
-    2. Of a picture in doubt, workers take other readings, which the net judges, too.
-    3. The reading with the best score is chosen: the log probability of the likeliest character,
-       less TYPICALITY times its distance to the class's mean, adapted to the folder, less the
-       penalty that picture.py gave the reading.
-    4. The picture is blank where all other readings are, or where one is, be it the first, and the
-       best score is below BLANK_SCORE.
-    5. The answer is the likeliest character of the reading chosen, the confidence its probability
-       among those allowed. Below --min-confidence there is no answer.
 
-    Probabilities are calibrated by the temperature in the weights file, and adapted to the folder.
-    """
+class TrainedNet:
+    """A net from its weights file, ready to see images."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         import torch
@@ -338,219 +338,225 @@ class Classifier:
             raise UsageError(f"--device {args.device}: {error}: try --device cpu") from None
         try:
             net = CNN.load(args.model, self.device)
-            self.characters = parse_alphabet(args.alphabet, net.card.alphabet)
         except ValueError as error:
             raise UsageError(error) from None
-        self.args = args
         self.card = net.card
         self.side = CNN.SIZE
-        self.classes = [net.card.alphabet.index(character) for character in self.characters]
         on_cpu = self.device.type == "cpu"
         self.dtype = CNN.mixed_precision(self.device) if on_cpu else torch.float32
         self.net = net.fused().to(self.dtype, memory_format=torch.channels_last)
         self.net.fc2.float()  # the full resolution for probabilities
+        self.whitening = self.card.statistics.whitening.to(self.device)
 
-        width = net.fc2.in_features
-        everything_is_typical = CNN.ClassStatistics(
-            torch.zeros(width, width), torch.zeros(len(net.card.alphabet), width), 1.0, math.inf
-        )
-        self.statistics = net.card.statistics or everything_is_typical
-        self.whitening = self.statistics.whitening.to(self.device)
-        self.means = self.statistics.means[self.classes]  # (allowed, D), whitened
-        self.adapted_means = self.means
-        # How many pictures each of the adapted means rests on, those of training included
-        self.counts = torch.full([len(self.classes)], MEAN_WEIGHT, dtype=torch.float64)
-        self.class_log_prior = torch.zeros_like(self.counts)  # among digits or among letters
-        self.memberships: dict[str, Tensor] = {}  # (allowed,) by path: how far a picture took part
-
-        self.are_digits = torch.tensor([character.isdigit() for character in self.characters])
-        self.usual_digits = self.find_usual_digits()
-        self.are_mixed = 0 < self.usual_digits < 1  # both digits and letters are allowed
-        self.log_prior = torch.zeros(len(net.card.alphabet), dtype=torch.float64)  # added to logits
-        if args.digits is not None:
-            self.expect_digits(args.digits)
-
-    def find_usual_digits(self) -> float:
-        """Return the fraction of digits among images of allowed characters, as in training.
-
-        There every digit was as frequent as any other, and every letter as any other.
-        """
-        digits = sum(map(str.isdigit, self.characters)) / sum(map(str.isdigit, self.card.alphabet))
-        letters = sum(map(str.isalpha, self.characters)) / sum(map(str.isalpha, self.card.alphabet))
-        digits *= self.card.digit_prior
-        letters *= 1 - self.card.digit_prior
-        return digits / (digits + letters)
-
-    def expect_digits(self, digits: float) -> None:
-        """Take `digits` for their fraction among the pictures, in place of that in training.
-
-        Where only digits, or only letters, are allowed, that says nothing.
-        """
-        if self.are_mixed:
-            digit = math.log(max(1e-300, digits / self.usual_digits))  # no -inf: one is best
-            letter = math.log(max(1e-300, (1 - digits) / (1 - self.usual_digits)))
-            log_prior = [digit if one.isdigit() else letter for one in self.card.alphabet]
-            self.log_prior = self.log_prior.new_tensor(log_prior)
-
-    def adapt(self, pictures: Iterable[Picture], threads: Executor) -> float | None:
-        """Adapt to the folder by a sample of it; return the fraction of digits, if estimated.
-
-        First the fraction of digits is estimated, unless --digits tells it or --alphabet has only
-        digits or only letters; then how the folder's writers write each character.
-        """
-        import torch
-
-        readable = [picture for picture in pictures if picture.image is not None]
-        if not readable:
-            return None
-        images = [picture.image for picture in readable]
-        blocks = list(threads.map(self.see, batched(images, BLOCK)))
-        seen = Seen(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
-        estimate = None
-        if self.are_mixed and self.args.digits is None:
-            p_digit = seen.log_p.softmax(1)[:, self.are_digits].sum(1)
-            estimate = estimate_digits(p_digit, self.usual_digits)
-            self.expect_digits(estimate)
-            seen = seen._replace(log_p=seen.log_p + self.log_prior[self.classes])
-        if self.card.statistics is not None:
-            self.adapt_means([picture.path for picture in readable], seen)
-        return estimate
-
-    def adapt_means(self, paths: list[str], seen: Seen) -> None:
-        """Move the means of the classes towards the sample's, by expectation maximisation.
-
-        A mean moves as far as the pictures taken for its class carry it. Only typical ones do. The
-        priors of the classes, among digits and among letters, follow in the same way.
-        """
-        answers = seen.log_p.argmax(1, keepdim=True)
-        limit = self.statistics.quantile95 / self.statistics.median
-        takes_part = seen.distances.gather(1, answers) <= limit  # (N, 1)
-        log_p = seen.log_p.double()
-        for _ in range(ADAPTING_ROUNDS):
-            memberships = log_p.softmax(1) * takes_part  # (N, allowed)
-            pictures = memberships.sum(0)  # (allowed,): how many each class has
-            self.counts = pictures + MEAN_WEIGHT
-            totals = memberships.T @ seen.features.double() + MEAN_WEIGHT * self.means
-            self.adapted_means = (totals / self.counts[:, None]).float()
-            prior = pictures + CLASS_PRIOR_WEIGHT
-            for group in (self.are_digits, ~self.are_digits):
-                prior[group] /= prior[group].mean()
-            self.class_log_prior = prior.log()
-            distances = self.find_distances(seen.features, self.adapted_means)
-            log_p = self.adapted(seen._replace(adapted_distances=distances), memberships)
-        self.memberships = dict(zip(paths, memberships, strict=True))
-
-    def adapted(self, seen: Seen, memberships: Tensor) -> Tensor:
-        """Return log probabilities (N, allowed) adapted to the folder.
-
-        memberships: (N, allowed), how far an image took part in each class. It has no part in the
-        mean that it is judged by: an image that took part with weight w has pulled the mean of n
-        pictures towards itself, and from the mean without it, it is farther by n / (n - w).
-        """
-        farther = self.counts / (self.counts - memberships)
-        gain = seen.distances - seen.adapted_distances * farther**2
-        return seen.log_p + self.class_log_prior + TYPICALITY * gain
-
-    def see(self, images: list[np.ndarray]) -> Seen:
-        """Show images to the net, (SIZE, SIZE) uint8, ink 255 on 0."""
+    def see(self, readings: list[Reading]) -> Seen:
+        """Show the images of readings to the net; for a blank one, an empty image."""
         import torch
 
         import CNN
 
-        missing = -len(images) % BLOCK  # to fill up the last block
-        pixels = np.stack(images + missing * [np.zeros_like(images[0])])
+        count = len(readings)
+        filled = math.ceil(count / BLOCK) * BLOCK
+        pixels = np.zeros((filled, 1, CNN.SIZE, CNN.SIZE), np.uint8)
+        for i, reading in enumerate(readings):
+            pixels[i] = 0 if reading.image is None else reading.image
         with torch.inference_mode():
-            batch = torch.from_numpy(pixels).unsqueeze(1).to(self.device, self.dtype) / 255
-            features = self.net.features(batch).float()  # (N + missing, D)
-            logits = self.net.fc2(features) / self.card.temperature + self.log_prior.to(features)
-            log_p = logits.log_softmax(1)[:, self.classes].cpu()
-            features = CNN.whiten(features, self.whitening).cpu()
-            distances = self.find_distances(features, self.means)
-            adapted_distances = self.find_distances(features, self.adapted_means)
-        seen = (log_p, features, distances, adapted_distances)
-        return Seen(*(values[: len(images)] for values in seen))
-
-    def find_distances(self, features: Tensor, means: Tensor) -> Tensor:
-        """Return the squared distances (N, allowed) to means, in medians of validation."""
-        import CNN
-
-        return CNN.square_distances(features, means) / self.statistics.median
-
-    def classify(self, pictures: list[Picture], readers: Readers) -> list[Picture]:
-        """Return pictures with answers; `readers` take other readings of those in doubt."""
-        paths = [picture.path for picture in pictures]
-        firsts = self.judge(paths, [Reading(picture.image) for picture in pictures])
-        pairs = list(zip(pictures, firsts, strict=True))
-        in_doubt = [picture.path for picture, first in pairs if self.is_in_doubt(picture, first)]
-        paths, readings = readers.other_readings(in_doubt, self.side)
-        others = defaultdict(list)  # by path
-        for path, candidate in zip(paths, self.judge(paths, readings), strict=True):
-            others[path].append(candidate)
-        return [
-            self.answer(picture, choose(first, others[picture.path])) for picture, first in pairs
-        ]
-
-    def judge(self, paths: list[str], readings: list[Reading]) -> list[Candidate | None]:
-        """Return what the net says of readings of the pictures at `paths`; None of a blank one."""
-        import torch
-
-        candidates: list[Candidate | None] = [None] * len(readings)
-        shown = [i for i, reading in enumerate(readings) if reading.image is not None]
-        if not shown:
-            return candidates
-        seen = self.see([readings[i].image for i in shown])
-        no_part = torch.zeros(len(self.classes))
-        memberships = [self.memberships.get(paths[i], no_part) for i in shown]
-        log_p = self.adapted(seen, torch.stack(memberships))
-        best, answers = log_p.max(1, keepdim=True)
-        distances = seen.distances.gather(1, answers)  # (N, 1)
-        scores = best - TYPICALITY * distances  # the adapted ones: `adapted` has added these
-        p, order = log_p.softmax(1).sort(dim=1, descending=True, stable=True)
-        count = max(2, self.args.topk)
-        columns = (order[:, :count], p[:, :count], distances[:, 0], scores[:, 0])
-        rows = zip(shown, *(column.tolist() for column in columns), strict=True)
-        for i, classes, probabilities, distance, score in rows:
-            characters = [self.characters[label] for label in classes]
-            ranked = tuple(zip(characters, probabilities, strict=True))
-            score -= readings[i].penalty
-            candidates[i] = Candidate(readings[i].image, ranked, distance, score)
-        return candidates
-
-    def is_in_doubt(self, picture: Picture, first: Candidate | None) -> bool:
-        """Say whether other readings are to be taken; never without class statistics."""
-        if self.card.statistics is None or picture.in_doubt is None:
-            return False
-        limit = DOUBT_DISTANCE * self.statistics.quantile95 / self.statistics.median
-        return picture.in_doubt or first.distance > limit
-
-    def answer(self, picture: Picture, chosen: Candidate | None) -> Picture:
-        """Answer with the likeliest character, unless the picture is blank or too doubtful."""
-        if chosen is None:
-            return picture._replace(error=picture.error or BLANK)
-        character, confidence = chosen.ranked[0]
-        pair = {character for character, _ in chosen.ranked[:2]}
-        groups = [group for group in self.card.lookalikes if len(pair) == 2 and pair <= {*group}]
-        picture = picture._replace(
-            confidence=confidence, lookalike="".join(groups[:1]), error="", image=chosen.image
-        )
-        topk = self.args.topk
-        limit = self.args.min_confidence
-        if confidence >= limit:
-            return picture._replace(character=character, alternatives=chosen.ranked[1:topk])
-        error = f"no answer: {confidence:.4f} is below --min-confidence {limit:g}"
-        return picture._replace(alternatives=chosen.ranked[:topk], error=error)
+            batch = torch.from_numpy(pixels).to(self.device, self.dtype) / 255
+            features = self.net.features(batch).float()  # (filled, D)
+            log_p = (self.net.fc2(features) / self.card.temperature).log_softmax(1)
+            features = CNN.whiten(features, self.whitening)
+            return Seen(log_p[:count].cpu(), features[:count].cpu())
 
 
-def choose(first: Candidate | None, others: list[Candidate | None]) -> Candidate | None:
-    """Choose among the first and the other readings of a picture; None stands for a blank one."""
-    if not others:
-        return first
-    if all(candidate is None for candidate in others):
-        return None
-    candidates = [candidate for candidate in (first, *others) if candidate is not None]
-    best = max(candidates, key=lambda candidate: candidate.score)
-    some_are_blank = None in (first, *others)
-    return None if some_are_blank and best.score < BLANK_SCORE else best
+def look(pictures: list[Picture], net: TrainedNet, known: Folder, readers: Readers) -> Looked:
+    """See the first reading of each picture and, of those in doubt, the other readings.
+
+    known: what is known of the folder before it is seen.
+    """
+    import torch
+
+    import CNN
+
+    readings = [Reading(picture.image) for picture in pictures]
+    seen = net.see(readings)
+    scores, _ = judge(readings, seen, known, net.card)
+    are_poor = (scores < DOUBT_SCORE).tolist()
+    place_of = {}  # of the pictures in doubt, by path
+    for i, picture in enumerate(pictures):
+        if picture.in_doubt or (are_poor[i] and picture.in_doubt is not None):
+            place_of[picture.path] = i
+    paths, others = readers.other_readings(list(place_of), net.side)
+    owners = [*range(len(pictures)), *(place_of[path] for path in paths)]
+    if others:
+        seen = Seen(*map(torch.cat, zip(seen, net.see(others), strict=True)))
+    return Looked(pictures, readings + others, torch.tensor(owners), seen)
+
+
+def judge(
+    readings: list[Reading], seen: Seen, folder: Folder, card: CNN.Card
+) -> tuple[Tensor, Tensor]:
+    """Return the scores (R,) of readings, nats, and the probabilities (R, classes + 1) in each.
+
+    The last column is that nothing is written, which is sure in a blank reading. What a distance
+    says is taken as the folder's means have it, in place of training's.
+    """
+    import torch
+
+    import CNN
+
+    statistics = card.statistics
+    distances = CNN.square_distances(seen.features, folder.means) / statistics.median
+    usual_distances = CNN.square_distances(seen.features, statistics.means) / statistics.median
+    log_p = seen.log_p + folder.log_prior + TYPICALITY * (usual_distances - distances)
+    log_p = log_p.log_softmax(1)  # (R, classes)
+    best, answers = log_p.max(1, keepdim=True)
+    scores = (best - TYPICALITY * distances.gather(1, answers))[:, 0]
+    are_blank = torch.tensor([reading.image is None for reading in readings])
+    scores = scores.masked_fill(are_blank, BLANK_SCORE)
+    scores -= torch.tensor([reading.penalty for reading in readings])
+    p = log_p.exp().masked_fill(are_blank[:, None], 0)
+    return scores, torch.cat([p, are_blank[:, None]], dim=1)
+
+
+def weigh(looked: Looked, folder: Folder, card: CNN.Card) -> tuple[Tensor, Tensor]:
+    """Return how likely each reading is the right one of each picture, and what `judge` says in it.
+
+    Shapes: (B, R), 0 for readings of other pictures, and (R, classes + 1).
+    """
+    import torch
+
+    scores, p = judge(looked.readings, looked.seen, folder, card)
+    are_its_own = looked.owners == torch.arange(len(looked.pictures))[:, None]  # (B, R)
+    weights = (SCORE_SCALE * scores).where(are_its_own, -math.inf).softmax(1)
+    return weights, p
+
+
+def answer(
+    looked: Looked, folder: Folder, card: CNN.Card, args: argparse.Namespace
+) -> list[Picture]:
+    """Answer with the likeliest character of each picture, over all of its readings."""
+    weights, p_in_readings = weigh(looked, folder, card)
+    p = weights @ p_in_readings  # (B, classes + 1)
+    answers = p.argmax(1)
+    sources = (weights * p_in_readings.T[answers]).argmax(1).tolist()  # readings that say it most
+    are_blank = (answers == len(card.alphabet)).tolist()
+    allowed = folder.log_prior.isfinite().nonzero()[:, 0]
+    p, order = p[:, allowed].sort(dim=1, descending=True, stable=True)
+    labels = allowed[order].tolist()
+    rows = zip(looked.pictures, labels, p.tolist(), sources, are_blank, strict=True)
+    pictures = []
+    for picture, its_labels, its_p, source, is_blank in rows:
+        if is_blank:
+            pictures.append(picture._replace(error=picture.error or BLANK))
+            continue
+        characters = [card.alphabet[label] for label in its_labels]
+        ranked = list(zip(characters, its_p, strict=True))
+        picture = picture._replace(image=looked.readings[source].image)
+        pictures.append(with_answer(picture, ranked, card, args))
+    return pictures
+
+
+def with_answer(
+    picture: Picture, ranked: list[tuple[str, float]], card: CNN.Card, args: argparse.Namespace
+) -> Picture:
+    """Return a picture with its answer, unless that is too doubtful.
+
+    ranked: characters and their probabilities, the likeliest first.
+    """
+    character, confidence = ranked[0]
+    pair = {character for character, _ in ranked[:2]}
+    groups = [group for group in card.lookalikes if len(pair) == 2 and pair <= {*group}]
+    picture = picture._replace(confidence=confidence, lookalike="".join(groups[:1]), error="")
+    if confidence >= args.min_confidence:
+        others = tuple(ranked[1 : args.topk])
+        return picture._replace(character=character, alternatives=others)
+    error = f"no answer: {confidence:.4f} is below --min-confidence {args.min_confidence:g}"
+    return picture._replace(alternatives=tuple(ranked[: args.topk]), error=error)
+
+
+def known_beforehand(card: CNN.Card, args: argparse.Namespace) -> Folder:
+    """Return what --alphabet and --digits tell; all else is as in training. Raises UsageError."""
+    import torch
+
+    try:
+        alphabet = parse_alphabet(args.alphabet, card.alphabet)
+    except ValueError as error:
+        raise UsageError(error) from None
+    allowed = torch.tensor([character in alphabet for character in card.alphabet])
+    log_prior = torch.zeros(len(allowed), dtype=torch.float64).masked_fill(~allowed, -math.inf)
+    folder = Folder(log_prior, card.statistics.means)
+    return folder if args.digits is None else expect_digits(folder, args.digits, card)
+
+
+def training_digit_prior(folder: Folder, card: CNN.Card) -> float:
+    """Return the fraction of digits among images of the characters allowed, as in training.
+
+    There every digit was as frequent as any other, and every letter as any other.
+    """
+    import CNN
+
+    allowed = folder.log_prior.isfinite().double()
+    digits = allowed[: CNN.DIGITS].mean() * card.digit_prior
+    letters = allowed[CNN.DIGITS :].mean() * (1 - card.digit_prior)
+    return float(digits / (digits + letters))
+
+
+def expect_digits(folder: Folder, digits: float, card: CNN.Card) -> Folder:
+    """Take `digits` for the fraction of digits; where only these or no others come, it stays."""
+    training = training_digit_prior(folder, card)
+    if not 0 < training < 1:
+        return folder
+    digit = math.log(max(1e-300, digits / training))  # no -inf: one is best
+    letter = math.log(max(1e-300, (1 - digits) / (1 - training)))
+    shift = [digit if character.isdigit() else letter for character in card.alphabet]
+    log_prior = folder.log_prior + folder.log_prior.new_tensor(shift)
+    return replace(folder, log_prior=log_prior, digits=digits)
+
+
+def adapt(sample: Iterable[Looked], folder: Folder, card: CNN.Card) -> Folder:
+    """Return what is known of a folder when a sample of its pictures, unlabelled, is seen.
+
+    First their fraction of digits is estimated, unless it is known, then how they are written. The
+    reading that was best before takes part; a picture without a character takes none.
+    """
+    import torch
+
+    import CNN
+
+    parts = []
+    for looked in sample:
+        weights, p = weigh(looked, folder, card)
+        best = weights.argmax(1)  # (B,)
+        best = best[p[best, -1] == 0]
+        parts.append([values[best] for values in looked.seen])
+    if not parts:
+        return folder
+    seen = Seen(*map(torch.cat, zip(*parts, strict=True)))
+    usual = training_digit_prior(folder, card)
+    if folder.digits is None and 0 < usual < 1:
+        p_digit = (seen.log_p + folder.log_prior).softmax(1)[:, : CNN.DIGITS].sum(1)
+        folder = expect_digits(folder, estimate_digits(p_digit, usual), card)
+    return replace(folder, means=estimate_means(seen, folder, card))
+
+
+def estimate_means(seen: Seen, folder: Folder, card: CNN.Card) -> Tensor:
+    """Return the means (classes, D) of a folder's characters, by expectation maximisation.
+
+    A mean moves as far as the pictures taken for its class carry it. Only typical ones do.
+    """
+    import CNN
+
+    statistics = card.statistics
+    distances = CNN.square_distances(seen.features, statistics.means)
+    log_p = (seen.log_p + folder.log_prior).log_softmax(1)
+    takes_part = distances.gather(1, log_p.argmax(1, keepdim=True)) <= statistics.quantile95
+    for _ in range(ADAPTING_ROUNDS):
+        members = log_p.softmax(1) * takes_part  # (N, classes)
+        counts = members.sum(0)[:, None] + MEAN_WEIGHT
+        totals = members.T @ seen.features.double() + MEAN_WEIGHT * statistics.means
+        means = (totals / counts).float()
+        nearer = distances - CNN.square_distances(seen.features, means)
+        log_p = seen.log_p + folder.log_prior + TYPICALITY * nearer / statistics.median
+    return means
 
 
 def estimate_digits(p_digit: Tensor, usual: float) -> float:
@@ -770,26 +776,30 @@ def run(args: argparse.Namespace) -> int:
         threads = stack.enter_context(ThreadPoolExecutor(2 * workers))  # half of them may wait
         readers = Readers(workers, args)
         stack.callback(readers.stop)  # before the threads are waited for
-        classifier = Classifier(args)
-        if classifier.card.statistics is None and args.rank == 0:
-            note = "no class statistics in it: first readings are taken, means are not adapted"
-            print(f"inference.py: {args.model}: {note}", file=sys.stderr)
+        net = TrainedNet(args)
+        beforehand = known_beforehand(net.card, args)
         gc.freeze()  # nothing of torch is looked through again, which saves 0.4 s at the end
         started = time.monotonic()
 
-        sample: dict[str, Picture] = {}  # by path
-        if not args.no_adapt:
-            step = max(1, math.ceil(len(paths) / SAMPLE))
-            for picture in readers.first_readings(paths[::step], classifier.side, known={}):
-                sample[picture.path] = picture
-        digits = classifier.adapt(sample.values(), threads)
+        def look_at(paths: list[str]) -> Iterator[Looked]:
+            pictures = readers.first_readings(paths, net.side, known={})
+            submit = partial(threads.submit, look, net=net, known=beforehand, readers=readers)
+            batches = in_order(submit, batched(pictures, args.batch_size), 2 * workers)
+            return (future.result() for _, future in batches)
 
-        pictures = readers.first_readings(our_paths, classifier.side, known=sample)
-        submit = partial(threads.submit, classifier.classify, readers=readers)
-        batches = in_order(submit, batched(pictures, args.batch_size), 2 * workers)
-        answered = (future.result() for _, future in batches)
-        counts = write(chain([unlisted], answered), args, len(our_paths) + len(unlisted))
+        step = max(1, math.ceil(len(paths) / SAMPLE))
+        sample = [] if args.no_adapt else list(look_at(paths[::step]))
+        folder = adapt(sample, beforehand, net.card)
+        of_sample = {
+            one.path: one for looked in sample for one in answer(looked, folder, net.card, args)
+        }
+        rest = look_at([path for path in our_paths if path not in of_sample])
+        answered = chain.from_iterable(answer(looked, folder, net.card, args) for looked in rest)
+        pictures = (of_sample.get(path) or next(answered) for path in our_paths)
+        batches = batched(pictures, args.batch_size)
+        counts = write(chain([unlisted], batches), args, len(our_paths) + len(unlisted))
         seconds = time.monotonic() - started
+    digits = folder.digits if args.digits is None else None
     summarise(counts, passed_over, digits, seconds)
     is_complete = counts.total() == counts["answered"] and paths
     return 0 if is_complete or args.world_size > 1 else 1
