@@ -293,9 +293,10 @@ TYPICALITY = 5.0  # nats that the median distance of validation weighs beside lo
 DOUBT_SCORE = -15.0  # nats: where a first reading scores less, others are asked for
 SCORE_SCALE = 0.236  # what scores are multiplied by to be log probabilities
 BLANK_SCORE = -14.0  # nats, of a blank reading
+TYPICAL_DISTANCE = 3.0  # medians of validation: what lies farther tells nothing about the folder
 DIGIT_PRIOR_WEIGHT = 3.6  # pictures that the digit prior in training counts for in the estimate
-MEAN_WEIGHT = 40.0  # pictures that the mean of a class in training counts for
-ADAPTING_ROUNDS = 3
+WRITER_WEIGHT = 400.0  # precision of z beside that of a picture's features, 1; 100 to 1,000 do
+ADAPTING_ROUNDS = 3  # two do nearly as well
 
 
 class Seen(NamedTuple):
@@ -374,8 +375,6 @@ def look(pictures: list[Picture], net: TrainedNet, known: Folder, readers: Reade
     """
     import torch
 
-    import CNN
-
     readings = [Reading(picture.image) for picture in pictures]
     seen = net.see(readings)
     scores, _ = judge(readings, seen, known, net.card)
@@ -391,23 +390,31 @@ def look(pictures: list[Picture], net: TrainedNet, known: Folder, readers: Reade
     return Looked(pictures, readings + others, torch.tensor(owners), seen)
 
 
-def judge(
-    readings: list[Reading], seen: Seen, folder: Folder, card: CNN.Card
-) -> tuple[Tensor, Tensor]:
-    """Return the scores (R,) of readings, nats, and the probabilities (R, classes + 1) in each.
+def compare(seen: Seen, folder: Folder, card: CNN.Card) -> tuple[Tensor, Tensor]:
+    """Compare what is seen with a folder's characters: log probabilities (N, classes), distances.
 
-    The last column is that nothing is written, which is sure in a blank reading. What a distance
-    says is taken as the folder's means have it, in place of training's.
+    Distances are squared, in medians of validation. What they say by training's means is taken out
+    of the probabilities, and what they say by the folder's is put in.
     """
-    import torch
-
     import CNN
 
     statistics = card.statistics
     distances = CNN.square_distances(seen.features, folder.means) / statistics.median
     usual_distances = CNN.square_distances(seen.features, statistics.means) / statistics.median
     log_p = seen.log_p + folder.log_prior + TYPICALITY * (usual_distances - distances)
-    log_p = log_p.log_softmax(1)  # (R, classes)
+    return log_p.log_softmax(1), distances
+
+
+def judge(
+    readings: list[Reading], seen: Seen, folder: Folder, card: CNN.Card
+) -> tuple[Tensor, Tensor]:
+    """Return the scores (R,) of readings, nats, and the probabilities (R, classes + 1) in them.
+
+    The last column is that nothing is written, which is certain in a blank reading.
+    """
+    import torch
+
+    log_p, distances = compare(seen, folder, card)
     best, answers = log_p.max(1, keepdim=True)
     scores = (best - TYPICALITY * distances.gather(1, answers))[:, 0]
     are_blank = torch.tensor([reading.image is None for reading in readings])
@@ -512,51 +519,63 @@ def expect_digits(folder: Folder, digits: float, card: CNN.Card) -> Folder:
     return replace(folder, log_prior=log_prior, digits=digits)
 
 
-def adapt(sample: Iterable[Looked], folder: Folder, card: CNN.Card) -> Folder:
-    """Return what is known of a folder when a sample of its pictures, unlabelled, is seen.
+def adapt(sample: list[Looked], beforehand: Folder, card: CNN.Card) -> Folder:
+    """Return what is known of a folder once a sample of it, unlabelled, is seen.
 
-    First their fraction of digits is estimated, unless it is known, then how they are written. The
-    reading that was best before takes part; a picture without a character takes none.
+    Of each picture its best reading takes part, if that is neither blank nor untypical. In turns,
+    expectation maximisation: how likely each reading is each character; how the writers write, from
+    that; the fraction of digits, unless it is known, from what is likely with such writers.
     """
-    import torch
-
     import CNN
+
+    seen = take_typical(sample, beforehand, card)
+    training = training_digit_prior(beforehand, card)
+    is_estimated = beforehand.digits is None and 0 < training < 1
+    folder = beforehand
+    for _ in range(ADAPTING_ROUNDS if len(seen.log_p) else 0):
+        log_p, _ = compare(seen, folder, card)
+        means = estimate_means(seen.features, log_p.exp(), card.statistics)
+        folder = replace(beforehand, means=means)
+        if is_estimated:
+            log_p, _ = compare(seen, folder, card)
+            p_digit = log_p[:, : CNN.DIGITS].exp().sum(1)
+            folder = expect_digits(folder, estimate_digits(p_digit, training), card)
+    return folder
+
+
+def take_typical(sample: list[Looked], folder: Folder, card: CNN.Card) -> Seen:
+    """Return what is seen in the best reading of each picture, if it is a typical character."""
+    import torch
 
     parts = []
     for looked in sample:
         weights, p = weigh(looked, folder, card)
         best = weights.argmax(1)  # (B,)
         best = best[p[best, -1] == 0]
-        parts.append([values[best] for values in looked.seen])
-    if not parts:
-        return folder
-    seen = Seen(*map(torch.cat, zip(*parts, strict=True)))
-    usual = training_digit_prior(folder, card)
-    if folder.digits is None and 0 < usual < 1:
-        p_digit = (seen.log_p + folder.log_prior).softmax(1)[:, : CNN.DIGITS].sum(1)
-        folder = expect_digits(folder, estimate_digits(p_digit, usual), card)
-    return replace(folder, means=estimate_means(seen, folder, card))
+        seen = Seen(*(values[best] for values in looked.seen))
+        log_p, distances = compare(seen, folder, card)
+        nearest = distances.gather(1, log_p.argmax(1, keepdim=True))[:, 0]
+        parts.append([values[nearest <= TYPICAL_DISTANCE] for values in seen])
+    return Seen(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def estimate_means(seen: Seen, folder: Folder, card: CNN.Card) -> Tensor:
-    """Return the means (classes, D) of a folder's characters, by expectation maximisation.
+def estimate_means(features: Tensor, members: Tensor, statistics: CNN.ClassStatistics) -> Tensor:
+    """Return the class means (classes, D) of a folder's writers.
 
-    A mean moves as far as the pictures taken for its class carry it. Only typical ones do.
+    features: (N, D), whitened; members: (N, classes), how far each is a member of each class. The
+    means are those of training + z @ basis, with the likeliest z, (K,), where that is normal:
+    (weight I + sum over classes of n V V') z = sum over classes of V s, with n members, whose
+    offsets from the mean of training sum up to s, and V (K, D) the basis of the class.
     """
-    import CNN
+    import torch
 
-    statistics = card.statistics
-    distances = CNN.square_distances(seen.features, statistics.means)
-    log_p = (seen.log_p + folder.log_prior).log_softmax(1)
-    takes_part = distances.gather(1, log_p.argmax(1, keepdim=True)) <= statistics.quantile95
-    for _ in range(ADAPTING_ROUNDS):
-        members = log_p.softmax(1) * takes_part  # (N, classes)
-        counts = members.sum(0)[:, None] + MEAN_WEIGHT
-        totals = members.T @ seen.features.double() + MEAN_WEIGHT * statistics.means
-        means = (totals / counts).float()
-        nearer = distances - CNN.square_distances(seen.features, means)
-        log_p = seen.log_p + folder.log_prior + TYPICALITY * nearer / statistics.median
-    return means
+    basis = statistics.basis.double()  # (classes, K, D)
+    counts = members.sum(0)  # (classes,)
+    offsets = members.T @ features.double() - counts[:, None] * statistics.means
+    precision = torch.einsum("c,ckd,cld->kl", counts, basis, basis)
+    precision += WRITER_WEIGHT * torch.eye(len(precision))
+    z = torch.linalg.solve(precision, torch.einsum("ckd,cd->k", basis, offsets))
+    return statistics.means + torch.einsum("k,ckd->cd", z, basis).float()
 
 
 def estimate_digits(p_digit: Tensor, usual: float) -> float:
@@ -789,7 +808,7 @@ def run(args: argparse.Namespace) -> int:
 
         step = max(1, math.ceil(len(paths) / SAMPLE))
         sample = [] if args.no_adapt else list(look_at(paths[::step]))
-        folder = adapt(sample, beforehand, net.card)
+        folder = adapt(sample, beforehand, net.card) if sample else beforehand
         of_sample = {
             one.path: one for looked in sample for one in answer(looked, folder, net.card, args)
         }

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -74,7 +74,7 @@ class Config:
     precision: str = setting("auto", "arithmetic", choices=["auto", "float32", "bfloat16"])
     seed: int = setting(0, "repeats a run, on the CPU bit for bit", (0, 2**62))
     init: Path = setting(None, "weights file to start from, with its net")
-    extra: Path = setting(None, "extra images: folders named by character, or path,character csv")
+    extra: Path = setting(None, "extra images: folders named by character, or a csv of paths")
     extra_fraction: float = setting(0.125, "fraction of extra images in a batch", (0, 0.5))
     data: Path = setting(Path("data"), "folder of EMNIST, downloaded there when absent")
     out: Path = setting(Path("model.pt"), "weights file to write")
@@ -184,7 +184,11 @@ class Split(NamedTuple):
 
     images: Tensor
     labels: Tensor
-    extra: int = 0  # how many of them, the last ones, are extra images
+    writers: tuple[str, ...] = ()  # of the extra images, which are the last ones; "": not known
+
+    @property
+    def extra_count(self) -> int:
+        return len(self.writers)
 
 
 def ensure_emnist(root: Path) -> None:
@@ -263,51 +267,54 @@ def load_splits(config: Config, machine: Machine) -> tuple[Split, ...]:
     return tuple(Split(x.to(machine.device), y.to(machine.device), n) for x, y, n in splits)
 
 
-def list_extra(source: Path) -> list[tuple[str, int]]:
-    """Return paths and labels of extra images.
+def list_extra(source: Path) -> list[tuple[str, int, str]]:
+    """Return paths, labels and writers of extra images; a writer is "" where he is not known.
 
     source: a folder of folders named by character, as torchvision's ImageFolder has them, or a csv
-    of path,character, as the page of inference.py --report saves corrections.
+    of path,character, as the page of inference.py --report saves corrections, or with a column
+    writer: from those it is learnt how writers differ.
     """
     if source.is_dir():
         paths = sorted(source.glob("[!.]*/[!.]*"))  # what is hidden is passed over
-        named = [(str(path), path.parent.name) for path in paths]
+        named = [(str(path), path.parent.name, "") for path in paths]
     else:
         named = read_corrections(source)
     if not named:
         remedy = "put them into folders, as in A/any_name.png, or a row of the csv for each"
         fail(f"--extra {source}", "no pictures", remedy)
-    for path, character in named:
+    for path, character, _ in named:
         if character.upper() not in list(ALPHABET):
             fail(f"--extra {source}", f"{path}: {character!r} is no class", "name it 0-9 or A-Z")
-    return [(path, ALPHABET.index(character.upper())) for path, character in named]
+    return [(path, ALPHABET.index(character.upper()), writer) for path, character, writer in named]
 
 
-def read_corrections(source: Path) -> list[tuple[str, str]]:
-    """Return paths and characters of a csv; paths may be any bytes."""
+def read_corrections(source: Path) -> list[tuple[str, str, str]]:
+    """Return paths, characters and writers, if it has these, of a csv; paths may be any bytes."""
     try:
         with open(source, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             rows = csv.DictReader(file, restval="")
-            return [(row["path"], row["character"]) for row in rows]
+            return [(row["path"], row["character"], row.get("writer", "")) for row in rows]
     except (OSError, KeyError, csv.Error) as error:
         reason = f"no column {error}" if isinstance(error, KeyError) else error
         fail(f"--extra {source}", reason, "give a csv, by comma, in UTF-8, headed path,character")
 
 
-def add_extra(split: Split, labelled: list[tuple[str, int]]) -> Split:
+def add_extra(split: Split, labelled: list[tuple[str, int, str]]) -> Split:
     """Append pictures of any kind, fitted; one that can't be read costs a line."""
     images = []
     labels = []
-    for path, label in labelled:
+    writers = []
+    for path, label, writer in labelled:
         try:
             images.append(torch.from_numpy(picture.prepare(path, SIZE)))
             labels.append(label)
+            writers.append(writer)
         except ValueError as error:
             say(f"--extra: left out: {path}: {error}")
     if not images:
         fail("--extra", "none of its pictures can be read", "give others")
     all_images = torch.cat([split.images, torch.stack(images)])
-    return Split(all_images, torch.cat([split.labels, torch.tensor(labels)]), len(labels))
+    return Split(all_images, torch.cat([split.labels, torch.tensor(labels)]), tuple(writers))
 
 
 # Batches
@@ -322,13 +329,13 @@ def draw_epoch(split: Split, epoch: int, config: Config) -> Tensor:
     and stand first: the first half of a batch is what gets augmented.
     """
     generator = torch.Generator().manual_seed(hash((config.seed, epoch)))
-    emnist_count = len(split.labels) - split.extra
-    extra_size = math.ceil(config.batch_size * config.extra_fraction) if split.extra else 0
+    emnist_count = len(split.labels) - split.extra_count
+    extra_size = math.ceil(config.batch_size * config.extra_fraction) if split.extra_count else 0
     emnist_size = config.batch_size - extra_size
     steps = emnist_count // emnist_size
     order = torch.randperm(emnist_count, generator=generator)[: steps * emnist_size]
     rows = order.view(steps, emnist_size)
-    if split.extra:
+    if split.extra_count:
         size = (steps, extra_size)
         extra_rows = torch.randint(emnist_count, len(split.labels), size, generator=generator)
         rows = torch.cat([extra_rows, rows], dim=1)
@@ -650,8 +657,10 @@ def create_state(config: Config, machine: Machine) -> State:
 def add_credits(credit: str, extra: Path | None) -> str:
     """Add EMNIST's credit, and CREDIT.txt's of the extra images, to that of the weights so far."""
     credits = [EMNIST_CREDIT]
-    if extra and (extra / "CREDIT.txt").is_file():
-        credits.append((extra / "CREDIT.txt").read_text("utf-8", errors="replace").strip())
+    if extra:
+        file = (extra if extra.is_dir() else extra.parent) / "CREDIT.txt"
+        if file.is_file():
+            credits.append(file.read_text("utf-8", errors="replace").strip())
     for added in credits:
         if added not in credit:
             credit = f"{credit}; {added}" if credit else added
@@ -924,19 +933,28 @@ def fill_card(net: Net, training: Split, validation: Split, machine: Machine) ->
     """Calibrate the net and describe it on its card; return its metrics on validation.
 
     The bias is added to the last layer's. On the card go the temperature, the lookalikes, both of
-    validation, and the class statistics, of EMNIST's training images.
+    validation, and the class statistics, of EMNIST's training images; where extra images have
+    writers, with a basis.
     """
     logits, features = CNN.predict(net, validation.images, machine.precision)
     net.card.temperature, bias = CNN.calibrate(logits, validation.labels)
     net.fc2.bias.data += bias
     logits += bias
     net.card.lookalikes = CNN.find_lookalikes(CNN.count_confusions(logits, validation.labels))
-    labels = training.labels[: len(training.labels) - training.extra]
+    labels = training.labels[: len(training.labels) - training.extra_count]
     per_class = [(labels == i).nonzero()[:STATISTICS_IMAGES, 0] for i in range(len(ALPHABET))]
     rows = torch.cat(per_class)
     _, known = CNN.predict(net, training.images[rows], machine.precision)
     answers = logits.argmax(1)
     net.card.statistics = CNN.compute_statistics(known, labels[rows], features, answers)
+    rows = [len(labels) + i for i, writer in enumerate(training.writers) if writer]
+    if rows:
+        _, known = CNN.predict(net, training.images[rows], machine.precision)
+        names = [writer for writer in training.writers if writer]
+        number = {name: i for i, name in enumerate(sorted(set(names)))}
+        writers = torch.tensor([number[name] for name in names])
+        basis = CNN.learn_basis(known, training.labels[rows], writers, net.card.statistics)
+        net.card.statistics = replace(net.card.statistics, basis=basis)
     return CNN.compute_metrics(logits / net.card.temperature, validation.labels)
 
 

@@ -2,6 +2,7 @@
 
     python3 -m images_for_readme.study train run9 --data data     # repeat a run of the study
     python3 -m images_for_readme.study train mine --arch large    # a new one, with train.py's flags
+    python3 -m images_for_readme.study card --extra unipen_pictures/pictures.csv  # no training
     python3 -m images_for_readme.study measure                    # model.pt, every part
     python3 -m images_for_readme.study measure field --model mine.pt --name field-mine
     python3 -m images_for_readme.study draw                       # the pictures, from the records
@@ -151,11 +152,31 @@ def train_run(name: str, args: argparse.Namespace) -> None:
     keep(name, data, content, CNN.choose_device(config.device))
 
 
+def write_card(args: argparse.Namespace) -> None:
+    """Write a weights file again with its card filled anew, as at the end of a training.
+
+    Its flags are train.py's that say what it was trained on.
+    """
+    config = train.parse(["--data", str(args.data), "--no-wandb", *args.flags])
+    machine = train.set_up(config)
+    training, validation, test = train.load_splits(config, machine)
+    content = CNN.read_saved(args.model)  # CNN.load would refuse a card of another version
+    net = CNN.Net(content["arch"]).to(machine.device)
+    net.load_state_dict(content["state_dict"])
+    net.card.credit = train.add_credits(content["credit"], config.extra)
+    metrics = {"validation": train.fill_card(net, training, validation, machine)}
+    logits, _ = CNN.predict(net, test.images, machine.precision)
+    metrics["test"] = CNN.compute_metrics(logits / net.card.temperature, test.labels)
+    net.card.metrics = content["metrics"] | metrics
+    CNN.save(net, args.model)
+    print(f"{args.model}: {metrics}")
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; what it doesn't know is meant for train.py or inference.py."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("do", choices=("train", "measure", "draw", "tables"))
+    add("do", choices=("train", "card", "measure", "draw", "tables"))
     add("names", nargs="*", help="of a run, of parts to measure, of pictures [all but report]")
     add("--data", type=Path, default=Path("data"), help="folder of EMNIST")
     add("--weights", type=Path, default=Path("data/study"), help="folder for what train writes")
@@ -175,6 +196,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.do == "train":
         train_run(args.names[0], args)
+    elif args.do == "card":
+        write_card(args)
     elif args.do == "measure":
         for part in args.names or PARTS:
             measure(part, args)

@@ -1,13 +1,15 @@
 """Draw UNIPEN's characters, pen strokes of 318 writers, as labelled pictures for train.py --extra.
 
     python3 images_for_readme/unipen.py train_r01_v07 unipen_pictures
-    python3 train.py --extra unipen_pictures
+    python3 train.py --extra unipen_pictures/pictures.csv
 
 The first folder is the distribution, unpacked (doi 10.5281/zenodo.1195803, CC BY 4.0); the second
-gets a folder per class: unipen_pictures/A/val_val01_A_123.png. The format is described by Guyon
-et al. 1994, doi 10.1109/ICPR.1994.576870. Neither its files nor the pictures are committed.
+gets a folder per class: unipen_pictures/A/val_val01_A_123.png, and says in pictures.csv who wrote
+each. The format is described by Guyon et al. 1994, doi 10.1109/ICPR.1994.576870. Neither its files
+nor the pictures are committed.
 """
 
+import csv
 import random
 import re
 import sys
@@ -175,7 +177,7 @@ def read_distribution(folder: Path) -> dict[str, list[Character]]:
 
 def main() -> None:
     generator = random.Random(0)
-    count = 0
+    rows = []
     by_writer = read_distribution(Path(sys.argv[1]))
     pictures = Path(sys.argv[2])
     pictures.mkdir(parents=True, exist_ok=True)
@@ -187,9 +189,12 @@ def main() -> None:
             folder.mkdir(exist_ok=True)
             pen_width = np.exp(generator.uniform(*np.log(PEN_WIDTHS)))
             name = re.sub(r"[^\w-]", "_", f"{writer}_{character.label}_{number:03}")
-            cv2.imwrite(str(folder / f"{name}.png"), draw(character, pen_width))
-            count += 1
-    print(f"{count:,} pictures of {len(by_writer)} writers in {pictures}")
+            path = folder / f"{name}.png"
+            cv2.imwrite(str(path), draw(character, pen_width))
+            rows.append((path, folder.name, writer))
+    with open(pictures / "pictures.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("path", "character", "writer"), *sorted(rows)])
+    print(f"{len(rows):,} pictures of {len(by_writer)} writers in {pictures}")
 
 
 if __name__ == "__main__":
