@@ -41,12 +41,13 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 from weakref import WeakSet
 
+import cv2
 import numpy as np
 from pebble import ProcessExpired, ProcessPool
 from PIL import Image
 from tqdm import tqdm
 
-from picture import BLANK, SUFFIXES, Reading, propose, read, read_first, to_grey
+from picture import BLANK, SUFFIXES, Reading, propose, read_first, to_grey
 
 if TYPE_CHECKING:  # torch is imported late: the workers do without
     from torch import Tensor
@@ -68,22 +69,23 @@ class Picture(NamedTuple):
 
     path: str
     character: str = ""  # the answer; none where there is an error
-    confidence: float = 0.0  # 0 where no character is found
+    confidence: float = 0.0  # that of the answer or, where it is blank, of that
     alternatives: tuple[tuple[str, float], ...] = ()  # the next likely; all, without an answer
     lookalike: str = ""  # the group, such as "1IL", that holds the two likeliest characters
     error: str = ""
-    image: np.ndarray | None = None  # (SIZE, SIZE) uint8, ink 255 on 0: a reading of it
-    in_doubt: bool | None = None  # whether other readings are needed; None: none may be asked for
+    image: np.ndarray | None = None  # (SIZE, SIZE) uint8, ink 255 on 0: as the net read it
     thumbnail: str = ""  # data URI, where a report is asked for
+    reading: Reading | None = None  # the first one, until the picture is looked at
+    grey: np.ndarray | None = None  # (H, W) uint8, until then: what other readings are made of
 
     @property
     def outcome(self) -> str:
         """Return the word by which it is counted."""
         if self.character:
             return "answered"
-        if self.confidence:
-            return "doubtful"
-        return "blank" if self.error == BLANK else "unreadable"
+        if self.error == BLANK:
+            return "blank"
+        return "doubtful" if self.confidence else "unreadable"
 
 
 FIELDS = Picture._fields[: Picture._fields.index("image")]  # of csv and json
@@ -121,51 +123,32 @@ THUMBNAIL_SIDE = 96  # px
 
 
 def read_picture(path: str, side: int, thumbnails: bool) -> Picture:
-    """Take the first reading of a picture; where it is blank, others are needed."""
-    picture = Picture(path)
+    """Read a picture and take its first reading."""
     try:
-        image, in_doubt = read_first(path, side)
-        picture = picture._replace(image=image, in_doubt=in_doubt)
+        picture, grey, reading = read_first(path, side)
     except ValueError as error:
-        picture = picture._replace(error=str(error), in_doubt=True if str(error) == BLANK else None)
-    if thumbnails and picture.error in ("", BLANK):
-        picture = picture._replace(thumbnail=make_thumbnail(path))
-    return picture
+        return Picture(path, error=str(error))
+    thumbnail = make_thumbnail(picture) if thumbnails else ""
+    return Picture(path, thumbnail=thumbnail, reading=reading, grey=grey)
 
 
-def read_again(path: str, side: int) -> list[Reading]:
-    """Take the other readings of a picture; an image comes once, where it has least penalty."""
-    readings: dict[bytes | None, Reading] = {}
-    with suppress(ValueError):  # such as too little memory to read it larger: the first has to do
-        for reading in propose(path, side):
-            pixels = None if reading.image is None else reading.image.tobytes()
-            readings.setdefault(pixels, reading)
-    return list(readings.values())
+def make_thumbnail(picture: Image.Image) -> str:
+    """Return a picture as a data URI, small enough for a page of thousands."""
+    if picture.mode in ("I", "F"):
+        picture = Image.fromarray(to_grey(picture))
+    picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    file = io.BytesIO()
+    picture.save(file, "WEBP", quality=90)
+    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def make_thumbnail(path: str) -> str:
-    """Return a picture as a data URI, small enough for a page of thousands, or "" if it can't be.
-
-    Whatever fails here is no reason to lose the answer.
-    """
-    with suppress(Exception):
-        image = read(path)
-        if image.mode in ("I", "F"):
-            image = Image.fromarray(to_grey(image))
-        image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-        file = io.BytesIO()
-        image.save(file, "WEBP", quality=90)
-        return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
-    return ""
-
-
-def do_all(task: Callable, paths: list[str], timeout: float) -> list:
-    """Call `task` with each path, each in `timeout` seconds (0: without limit): a worker's work."""
+def do_all(task: Callable, items: list, timeout: float) -> list:
+    """Call `task` with each item, each in `timeout` seconds (0: without limit): a worker's work."""
     results = []
     try:
-        for path in paths:
+        for item in items:
             limit_time(timeout)
-            results.append(task(path))
+            results.append(task(item))
     finally:
         limit_time(0)
     return results
@@ -179,6 +162,7 @@ def limit_time(seconds: float) -> None:
 
 def confine() -> None:
     """Keep the harm small that a hostile file can do in this process."""
+    cv2.setNumThreads(1)  # there are workers enough
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libtiff and others print what files tell them to
     warnings.simplefilter("ignore")  # nobody would see them
     with suppress(ImportError, OSError, ValueError):  # Windows has no limits, macOS not this one
@@ -208,32 +192,20 @@ class Readers:
         for future in self.futures:
             future.cancel()
 
-    def first_readings(
-        self, paths: list[str], side: int, known: dict[str, Picture]
-    ) -> Iterator[Picture]:
-        """Yield the pictures at these paths, in order; those that are known are not read again."""
+    def read(self, paths: Iterable[str], side: int) -> Iterator[Picture]:
+        """Yield the pictures at these paths, in order, with their first readings."""
         task = partial(read_picture, side=side, thumbnails=self.thumbnails)
-        unknown = [path for path in paths if path not in known]
-        others = self.call(task, batched(unknown, CHUNK))
-        for path in paths:
-            if path in known:
-                yield known[path]
-            else:
-                _, picture, error = next(others)
-                yield picture or Picture(path, error=error)
+        for path, picture, error in self.call(task, batched(paths, CHUNK)):
+            yield picture or Picture(path, error=error)
 
-    def other_readings(self, paths: list[str], side: int) -> tuple[list[str], list[Reading]]:
-        """Return the other readings of the pictures at these paths, and the path of each."""
-        owners = []
-        readings = []
-        for path, found, error in self.call(partial(read_again, side=side), batched(paths, CHUNK)):
-            if not error:
-                owners += [path] * len(found)
-                readings += found
-        return owners, readings
+    def propose(self, greys: list[np.ndarray], side: int) -> Iterator[list[Reading]]:
+        """Yield all readings of each grey picture; none where that fails."""
+        task = partial(propose, size=side)
+        for _, readings, _ in self.call(task, batched(greys, CHUNK)):
+            yield readings or []
 
-    def call(self, task: Callable, chunks: Iterable[list[str]]) -> Iterator[tuple[str, Any, str]]:
-        """Have workers call `task` with paths; yield each path with the result and the error.
+    def call(self, task: Callable, chunks: Iterable[list]) -> Iterator[tuple[Any, Any, str]]:
+        """Have workers call `task` with paths, or the like; yield each with result and error.
 
         One file that kills or outlasts its worker fails its whole chunk: its pictures are then
         tried again one by one, which tells the guilty from the others.
@@ -242,10 +214,10 @@ class Readers:
         for chunk, future in in_order(submit, chunks, self.chunks_ahead):
             error = future.exception()
             if error is None:
-                for path, result in zip(chunk, future.result(), strict=True):
-                    yield path, result, ""
+                for item, result in zip(chunk, future.result(), strict=True):
+                    yield item, result, ""
             elif len(chunk) > 1:
-                yield from self.call(task, [[path] for path in chunk])
+                yield from self.call(task, [[item] for item in chunk])
             elif isinstance(error, TimeoutError):
                 yield chunk[0], None, f"takes more than {self.timeout:g} s to decode"
             elif isinstance(error, ProcessExpired):
@@ -253,11 +225,11 @@ class Readers:
             else:
                 yield chunk[0], None, f"can't be read: {error!r}"
 
-    def schedule(self, task: Callable, paths: list[str]) -> Future:
-        """Have a worker call `task` with each path; the future holds the list of results."""
-        each = 0 if len(paths) == 1 else self.timeout  # a lone path is ended by the pool's limit
-        work = (task, paths, each)
-        future = self.pool.schedule(do_all, work, timeout=self.timeout * len(paths))
+    def schedule(self, task: Callable, items: list) -> Future:
+        """Have a worker call `task` with each item; the future holds the list of results."""
+        each = 0 if len(items) == 1 else self.timeout  # a lone one is ended by the pool's limit
+        work = (task, items, each)
+        future = self.pool.schedule(do_all, work, timeout=self.timeout * len(items))
         self.futures.add(future)
         return future
 
@@ -290,9 +262,11 @@ def in_order(submit: Callable, items: Iterable, ahead: int) -> Iterator[tuple[An
 
 BLOCK = 64  # images: a batch is filled up to whole blocks, as kernels differ by batch size
 TYPICALITY = 5.0  # nats that the median distance of validation weighs beside log probabilities
-DOUBT_SCORE = -15.0  # nats: where a first reading scores less, others are asked for
-SCORE_SCALE = 0.236  # what scores are multiplied by to be log probabilities
-BLANK_SCORE = -14.0  # nats, of a blank reading
+LOG_P_WEIGHT = 2.14  # of a reading's score: of its likeliest character's log probability; this
+DISTANCE_WEIGHT = -0.40  # and that of the distance are fitted as the weights in picture.py are
+DOUBT_SCORE = -2.5  # nats: where a first reading scores less, the others are asked for
+LEAST_EXTENT = 0.25  # of the side: a picture whose ink reaches as far is not blank
+UNREADABLE = "no single character: what is written looks like none"
 TYPICAL_DISTANCE = 3.0  # medians of validation: what lies farther tells nothing about the folder
 DIGIT_PRIOR_WEIGHT = 3.6  # pictures that the digit prior in training counts for in the estimate
 WRITER_WEIGHT = 400.0  # precision of z beside that of a picture's features, 1; 100 to 1,000 do
@@ -311,7 +285,7 @@ class Looked(NamedTuple):
 
     pictures: list[Picture]
     readings: list[Reading]
-    owners: Tensor  # (R,) int64: the picture, by its place in the list, that a reading is of
+    owners: Tensor  # (R,) int64: the picture, by its place in the list, that a reading is of; or -1
     seen: Seen
 
 
@@ -369,24 +343,27 @@ class TrainedNet:
 
 
 def look(pictures: list[Picture], net: TrainedNet, known: Folder, readers: Readers) -> Looked:
-    """See the first reading of each picture and, of those in doubt, the other readings.
+    """See the first reading of each picture; where that leaves doubt, see all readings instead.
 
     known: what is known of the folder before it is seen.
     """
     import torch
 
-    readings = [Reading(picture.image) for picture in pictures]
+    owners = [i for i, picture in enumerate(pictures) if picture.reading]
+    readings = [pictures[i].reading for i in owners]
     seen = net.see(readings)
     scores, _ = judge(readings, seen, known, net.card)
-    are_poor = (scores < DOUBT_SCORE).tolist()
-    place_of = {}  # of the pictures in doubt, by path
-    for i, picture in enumerate(pictures):
-        if picture.in_doubt or (are_poor[i] and picture.in_doubt is not None):
-            place_of[picture.path] = i
-    paths, others = readers.other_readings(list(place_of), net.side)
-    owners = [*range(len(pictures)), *(place_of[path] for path in paths)]
+    in_doubt = [row for row, score in enumerate(scores.tolist()) if score < DOUBT_SCORE]
+    greys = [pictures[owners[row]].grey for row in in_doubt]
+    others = []
+    for row, found in zip(in_doubt, readers.propose(greys, net.side), strict=True):
+        if found:
+            others += found
+            owners += [owners[row]] * len(found)
+            owners[row] = -1  # it is among those found
     if others:
         seen = Seen(*map(torch.cat, zip(seen, net.see(others), strict=True)))
+    pictures = [picture._replace(reading=None, grey=None) for picture in pictures]
     return Looked(pictures, readings + others, torch.tensor(owners), seen)
 
 
@@ -416,10 +393,10 @@ def judge(
 
     log_p, distances = compare(seen, folder, card)
     best, answers = log_p.max(1, keepdim=True)
-    scores = (best - TYPICALITY * distances.gather(1, answers))[:, 0]
-    are_blank = torch.tensor([reading.image is None for reading in readings])
-    scores = scores.masked_fill(are_blank, BLANK_SCORE)
-    scores -= torch.tensor([reading.penalty for reading in readings])
+    scores = (LOG_P_WEIGHT * best + DISTANCE_WEIGHT * distances.gather(1, answers))[:, 0]
+    are_blank = torch.tensor([reading.image is None for reading in readings], dtype=torch.bool)
+    scores = scores.masked_fill(are_blank, 0)
+    scores += torch.tensor([reading.score for reading in readings])
     p = log_p.exp().masked_fill(are_blank[:, None], 0)
     return scores, torch.cat([p, are_blank[:, None]], dim=1)
 
@@ -427,38 +404,46 @@ def judge(
 def weigh(looked: Looked, folder: Folder, card: CNN.Card) -> tuple[Tensor, Tensor]:
     """Return how likely each reading is the right one of each picture, and what `judge` says in it.
 
-    Shapes: (B, R), 0 for readings of other pictures, and (R, classes + 1).
+    Shapes: (B, R), 0 for readings of other pictures and where it has none; (R, classes + 1).
     """
     import torch
 
     scores, p = judge(looked.readings, looked.seen, folder, card)
     are_its_own = looked.owners == torch.arange(len(looked.pictures))[:, None]  # (B, R)
-    weights = (SCORE_SCALE * scores).where(are_its_own, -math.inf).softmax(1)
-    return weights, p
+    weights = scores.where(are_its_own, -math.inf).softmax(1)
+    return weights.nan_to_num(0), p
 
 
 def answer(
     looked: Looked, folder: Folder, card: CNN.Card, args: argparse.Namespace
 ) -> list[Picture]:
-    """Answer with the likeliest character of each picture, over all of its readings."""
+    """Answer with the likeliest character of each picture, over all of its readings.
+
+    It is blank where that nothing is written is likelier than that anything is.
+    """
     weights, p_in_readings = weigh(looked, folder, card)
     p = weights @ p_in_readings  # (B, classes + 1)
-    answers = p.argmax(1)
-    sources = (weights * p_in_readings.T[answers]).argmax(1).tolist()  # readings that say it most
-    are_blank = (answers == len(card.alphabet)).tolist()
+    p_blank = p[:, -1].tolist()
+    sources = (weights * p_in_readings.T[p.argmax(1)]).argmax(1).tolist()  # that say it most
     allowed = folder.log_prior.isfinite().nonzero()[:, 0]
     p, order = p[:, allowed].sort(dim=1, descending=True, stable=True)
     labels = allowed[order].tolist()
-    rows = zip(looked.pictures, labels, p.tolist(), sources, are_blank, strict=True)
     pictures = []
-    for picture, its_labels, its_p, source, is_blank in rows:
-        if is_blank:
-            pictures.append(picture._replace(error=picture.error or BLANK))
+    rows = zip(looked.pictures, labels, p.tolist(), p_blank, sources, strict=True)
+    for picture, its_labels, its_p, its_p_blank, source in rows:
+        if picture.error:  # it could not be read
+            pictures.append(picture)
             continue
-        characters = [card.alphabet[label] for label in its_labels]
-        ranked = list(zip(characters, its_p, strict=True))
-        picture = picture._replace(image=looked.readings[source].image)
-        pictures.append(with_answer(picture, ranked, card, args))
+        reading = looked.readings[source]
+        picture = picture._replace(image=reading.image)
+        ranked = [(card.alphabet[label], p) for label, p in zip(its_labels, its_p, strict=True)]
+        if its_p_blank < 0.5:
+            pictures.append(with_answer(picture, ranked, card, args))
+            continue
+        is_written = reading.features.stroke_extent > LEAST_EXTENT
+        picture = picture._replace(error=UNREADABLE if is_written else BLANK)
+        others = tuple(ranked[: args.topk])
+        pictures.append(picture._replace(confidence=its_p_blank, alternatives=others))
     return pictures
 
 
@@ -550,7 +535,7 @@ def take_typical(sample: list[Looked], folder: Folder, card: CNN.Card) -> Seen:
     parts = []
     for looked in sample:
         weights, p = weigh(looked, folder, card)
-        best = weights.argmax(1)  # (B,)
+        best = weights.argmax(1)[weights.any(1)]  # of the pictures that could be read
         best = best[p[best, -1] == 0]
         seen = Seen(*(values[best] for values in looked.seen))
         log_p, distances = compare(seen, folder, card)
@@ -801,7 +786,7 @@ def run(args: argparse.Namespace) -> int:
         started = time.monotonic()
 
         def look_at(paths: list[str]) -> Iterator[Looked]:
-            pictures = readers.first_readings(paths, net.side, known={})
+            pictures = readers.read(paths, net.side)
             submit = partial(threads.submit, look, net=net, known=beforehand, readers=readers)
             batches = in_order(submit, batched(pictures, args.batch_size), 2 * workers)
             return (future.result() for _, future in batches)
