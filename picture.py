@@ -34,9 +34,11 @@ class Features(NamedTuple):
     parts_kept: float = 0.0  # how many beyond the first
     offset: float = 0.0  # of what is kept from the picture's centre, half sides
     at_rim: float = 0.0  # of what is kept, the fraction in the rim
+    on_line: float = 0.0  # of what is kept within the rim, the fraction on lines
     open_ends: float = 0.0  # 1: a line is taken out that ends free, as strokes do
     unlikely: float = 0.0  # 1: ink is as light, or as dark, as paper is more likely to be
     blank: float = 0.0  # 1: nothing is kept
+    blank_and_small: float = 0.0  # by how many octaves the picture is smaller than SMALL_SIDE
     stroke_extent: float = 0.0  # of the ink that blank leaves out, as thin strokes show it: the
     # longest part within the rim, as a fraction of the side
     ink_extent: float = 0.0  # the same as the first view shows it
@@ -49,9 +51,11 @@ WEIGHTS = Features(
     parts_kept=-1.0,
     offset=-1.44,
     at_rim=-2.86,
+    on_line=-1.4,
     open_ends=-0.81,
     unlikely=-1.78,
     blank=-1.41,
+    blank_and_small=-0.99,
     stroke_extent=-3.25,
     ink_extent=-2.17,
 )
@@ -130,7 +134,7 @@ def propose(grey: np.ndarray, size: int) -> list[Reading]:
         readings += found
         extents.append(extent)
     ink_extent, stroke_extent = extents[:2]
-    readings.append(Reading(None, Features(0, 0, 0, 0, 0, 0, 0, 1.0, stroke_extent, ink_extent)))
+    readings.append(read_blank(grey, stroke_extent, ink_extent))
     likeliest: dict[bytes | None, Reading] = {}
     for reading in sorted(readings, key=lambda reading: -reading.score):
         pixels = None if reading.image is None else reading.image.tobytes()
@@ -474,6 +478,7 @@ LINE_LENGTH = 0.7  # of the picture's side: lines are longer
 LINE_THICKNESS = 0.2  # of the picture's side: and not thicker
 LINE_RIM = 0.2  # of the picture's side: and lie at the rim, or go from border to border
 LINE_REACH = 4  # px: an end that is as near to a line across is joined to it
+SOFT_EDGE = 2  # px: so far go the soft edges of lines and of strokes
 LINE_GAP = 7  # px: where a line is taken out, strokes on both of its sides are joined over it
 SPECK_AREA = 0.02  # of that of the largest part: what is smaller is dirt; an i's dot has some 0.05
 
@@ -591,7 +596,7 @@ def take_out(view: View, lines: np.ndarray) -> View | None:
     down = cv2.morphologyEx(rest, cv2.MORPH_CLOSE, np.ones((LINE_GAP, 1), np.uint8))
     across = cv2.morphologyEx(rest, cv2.MORPH_CLOSE, np.ones((1, LINE_GAP), np.uint8))
     rest |= (down | across) & lines
-    removed = cv2.dilate(view.mask & ~rest, SQUARE) & ~rest
+    removed = cv2.dilate(view.mask & ~rest, SQUARE, iterations=SOFT_EDGE) & ~rest
     light = np.where(removed, np.uint8(view.paper), view.light)
     return find_ink(light, LEAST_CONTRAST)
 
@@ -599,6 +604,7 @@ def take_out(view: View, lines: np.ndarray) -> View | None:
 # Readings: which parts of the ink are the character's
 
 LEAST_AREA = 12  # px, of the ink of a character in a photograph
+SMALL_SIDE = 40  # px: in pictures with a shorter side, less is seen of a character
 SINGLE_PARTS = 3  # so many of the largest parts are read each alone, and left out alone
 
 
@@ -608,11 +614,23 @@ def first_reading(grey: np.ndarray, view: View | None, size: int) -> Reading:
     if emnist_image is not None:
         return Reading(emnist_image, Features())
     if view is None:
-        return Reading(None, Features(blank=1.0))
+        return read_blank(grey, 0.0, 0.0)
     parts = tell_parts(view.mask, np.zeros_like(view.mask))
     chosen = parts.area >= SPECK_AREA * parts.area.max()
     image = to_emnist_form(view, parts.mask(chosen), size)
     return Reading(image, describe(parts, chosen, Features()))
+
+
+def read_blank(grey: np.ndarray, stroke_extent: float, ink_extent: float) -> Reading:
+    """Return the reading of a picture (H, W) that nothing is written, though there is some ink."""
+    octaves = max(0.0, float(np.log2(SMALL_SIDE / min(grey.shape))))
+    features = Features(
+        blank=1.0,
+        blank_and_small=octaves,
+        stroke_extent=stroke_extent,
+        ink_extent=ink_extent,
+    )
+    return Reading(None, features)
 
 
 def read_view(
@@ -650,9 +668,12 @@ def read_parts(view: View, lines: np.ndarray, common: Features, size: int) -> li
 def choose_parts(parts: Parts) -> list[np.ndarray]:
     """Return what may be the character among the parts, (n,) bool each.
 
-    All of them, all but what comes in from the border, each of the larger ones, all but that one.
+    All of them, all but what comes in from the border, each of the larger ones, all but that one;
+    a tiny picture has room for a character alone.
     """
     everything = parts.is_large(np.ones(len(parts.area), bool))
+    if min(parts.labels.shape) < TINY_SIDE:
+        return [everything]
     from_border = parts.touching & (parts.inside < 0.5 * parts.area)
     proposals = [everything, parts.is_large(~from_border)]
     by_area = np.argsort(-np.where(everything, parts.area, 0), kind="stable")
@@ -673,12 +694,14 @@ def describe(parts: Parts, chosen: np.ndarray, common: Features) -> Features:
     left_out = parts.is_large(np.ones_like(chosen)) & is_inner & ~chosen
     x = (parts.left[chosen].min() + parts.right[chosen].max()) / columns - 1
     y = (parts.top[chosen].min() + parts.bottom[chosen].max()) / rows - 1
+    inside = parts.inside[chosen].sum()
     return common._replace(
         left_out=float(parts.off_line[~chosen].sum() / max(1, parts.off_line.sum())),
         parts_left_out=float(left_out.sum()),
         parts_kept=float(chosen.sum() - 1),
         offset=float(np.hypot(x, y)),
-        at_rim=float(1 - parts.inside[chosen].sum() / parts.area[chosen].sum()),
+        at_rim=float(1 - inside / parts.area[chosen].sum()),
+        on_line=float(1 - parts.off_line[chosen].sum() / max(1, inside)) if inside else 0.0,
     )
 
 
@@ -735,7 +758,7 @@ def to_emnist_form(view: View, mask: np.ndarray, size: int) -> np.ndarray | None
     speck in a long strip. A stroke's width is twice its area over the length of its outline.
     """
     light, paper, contrast, _ = view
-    reach = 1 if min(mask.shape) < PHOTO_SIDE else 2  # px: so far go the soft edges of strokes
+    reach = 1 if min(mask.shape) < PHOTO_SIDE else SOFT_EDGE
     around = cv2.dilate(mask, SQUARE, iterations=reach)
     light = np.where(around, light, np.uint8(paper))
     canvas = FINE_LENGTH + 2 * MARGIN
