@@ -44,8 +44,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     net.card.temperature = 1.7
     net.card.lookalikes = ["0O", "1IL"]
     width = net.fc2.in_features
-    everything_is_typical = 1e-3 * torch.eye(width), torch.zeros(36, width)
-    net.card.statistics = CNN.ClassStatistics(*everything_is_typical, median=1.0, quantile95=10.0)
+    everything_is_typical = 1e-3 * torch.eye(width), torch.zeros(36, width), 1.0
+    net.card.statistics = CNN.ClassStatistics(*everything_is_typical, torch.zeros(36, 0, width))
     path = tmp_path_factory.mktemp("weights") / "model.pt"
     CNN.save(net, path)
     return path
