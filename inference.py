@@ -427,7 +427,9 @@ def answer(
     sources = (weights * p_in_readings.T[p.argmax(1)]).argmax(1).tolist()  # that say it most
     allowed = folder.log_prior.isfinite().nonzero()[:, 0]
     p, order = p[:, allowed].sort(dim=1, descending=True, stable=True)
-    labels = allowed[order].tolist()
+    shown = max(2, args.topk)
+    p = p[:, :shown]
+    labels = allowed[order[:, :shown]].tolist()
     pictures = []
     rows = zip(looked.pictures, labels, p.tolist(), p_blank, sources, strict=True)
     for picture, its_labels, its_p, its_p_blank, source in rows:

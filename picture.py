@@ -91,27 +91,32 @@ def fit(grey: np.ndarray, size: int) -> np.ndarray:
     grey: (H, W) uint8, ink darker or lighter than the paper; of more than some 100 px a side it is
     slow. Ink becomes 255 on 0, centred by its bounding box. Raises ValueError if there is no ink.
     """
-    reading = first_reading(grey, first_view(grey), size)
-    if reading.image is None:
+    image = as_emnist(grey, size)
+    if image is None:
+        image = read_all_ink(grey, find_all_ink(grey), size).image
+    if image is None:
         raise ValueError(BLANK)
-    return reading.image
+    return image
 
 
 def read_first(path: str | os.PathLike, size: int) -> tuple[Image.Image, np.ndarray, Reading]:
     """Return a picture as read, grey (H, W) uint8, and its first reading: all ink but specks.
 
-    A character that is small in its picture is read again, larger: then grey is what is around it.
-    Raises ValueError as `read` does.
+    A picture that may be EMNIST's own is taken as it is. A character that is small in its picture
+    is read again, larger: then grey is what is around it. Raises ValueError as `read` does.
     """
     picture = read(path)
     grey = to_grey(picture)
-    view = first_view(grey)
-    if view and max(grey.shape) >= WORKING_LENGTH and min(grey.shape) >= ENLARGED_SIDE:
-        box = cv2.boundingRect(without_specks(view.mask))
+    emnist_image = as_emnist(grey, size)
+    if emnist_image is not None:
+        return picture, grey, Reading(emnist_image, Features())
+    ink = find_all_ink(grey)
+    if ink and max(grey.shape) >= WORKING_LENGTH and min(grey.shape) >= ENLARGED_SIDE:
+        box = ink.parts.box(ink.chosen)
         if max(box[2:]) < SMALL_LENGTH:
             grey = to_grey(read_larger(path, box, grey.shape))
-            view = first_view(grey)
-    return picture, grey, first_reading(grey, view, size)
+            ink = find_all_ink(grey)
+    return picture, grey, read_all_ink(grey, ink, size)
 
 
 def propose(grey: np.ndarray, size: int) -> list[Reading]:
@@ -500,14 +505,21 @@ class Parts(NamedTuple):
         """Return the mask (H, W) uint8 of those parts for which `chosen`, (n,) bool, is true."""
         return np.concatenate([[False], chosen]).astype(np.uint8)[self.labels]
 
+    def box(self, chosen: np.ndarray) -> tuple[int, int, int, int]:
+        """Return left, top, width and height of what holds the parts chosen, px."""
+        left = int(self.left[chosen].min())
+        top = int(self.top[chosen].min())
+        width = int(self.right[chosen].max()) - left
+        return left, top, width, int(self.bottom[chosen].max()) - top
+
     def is_large(self, chosen: np.ndarray) -> np.ndarray:
         """Return `chosen`, (n,) bool, without specks beside that with most pixels inside."""
         main = np.where(chosen, self.inside + 0.01 * self.area, -1).argmax()
         return chosen & (self.area >= SPECK_AREA * self.area[main])
 
 
-def tell_parts(mask: np.ndarray, lines: np.ndarray) -> Parts:
-    """Tell apart the connected parts of a mask of ink; mask and lines: (H, W) uint8."""
+def tell_parts(mask: np.ndarray, lines: np.ndarray | None = None) -> Parts:
+    """Tell apart the connected parts of a mask of ink; mask and lines, if any: (H, W) uint8."""
     count, labels, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
     left, top, width, height, area = stats[1:].T
     right = left + width
@@ -515,7 +527,9 @@ def tell_parts(mask: np.ndarray, lines: np.ndarray) -> Parts:
     rows, columns = mask.shape
     inner = within_rim(mask.shape)
     inside = np.bincount(labels[inner].ravel(), minlength=count)[1:]
-    off_line = np.bincount(labels[inner][lines[inner] == 0], minlength=count)[1:]
+    off_line = inside
+    if lines is not None:
+        off_line = np.bincount(labels[inner][lines[inner] == 0], minlength=count)[1:]
     to_border = np.min([left, top, columns - right, rows - bottom], axis=0)
     return Parts(labels, left, top, right, bottom, area, inside, off_line, to_border <= 1)
 
@@ -533,15 +547,6 @@ def find_extent(mask: np.ndarray) -> float:
     _, _, stats, _ = cv2.connectedComponentsWithStats(inner, connectivity=8)
     lengths = stats[1:, [cv2.CC_STAT_HEIGHT, cv2.CC_STAT_WIDTH]] / inner.shape
     return float(lengths.max(initial=0))
-
-
-def without_specks(mask: np.ndarray) -> np.ndarray:
-    """Return a mask (H, W) uint8 without parts far smaller than the largest."""
-    _, labels, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
-    area = stats[:, cv2.CC_STAT_AREA]
-    is_ink = area >= SPECK_AREA * area[1:].max()
-    is_ink[0] = False  # paper
-    return is_ink.astype(np.uint8)[labels]
 
 
 def find_lines(mask: np.ndarray) -> tuple[np.ndarray, bool]:
@@ -608,17 +613,29 @@ SMALL_SIDE = 40  # px: in pictures with a shorter side, less is seen of a charac
 SINGLE_PARTS = 3  # so many of the largest parts are read each alone, and left out alone
 
 
-def first_reading(grey: np.ndarray, view: View | None, size: int) -> Reading:
-    """Read all ink of the first view but specks; a picture that may be EMNIST's own, as it is."""
-    emnist_image = as_emnist(grey, size)
-    if emnist_image is not None:
-        return Reading(emnist_image, Features())
+class AllInk(NamedTuple):
+    """All ink of the first view, but for specks."""
+
+    view: View
+    parts: Parts
+    chosen: np.ndarray  # (n,) bool
+
+
+def find_all_ink(grey: np.ndarray) -> AllInk | None:
+    """Find what is ink in a grey picture (H, W) uint8; None: nothing is."""
+    view = first_view(grey)
     if view is None:
+        return None
+    parts = tell_parts(view.mask)
+    return AllInk(view, parts, parts.area >= SPECK_AREA * parts.area.max())
+
+
+def read_all_ink(grey: np.ndarray, ink: AllInk | None, size: int) -> Reading:
+    """Take all ink for the character."""
+    if ink is None:
         return read_blank(grey, 0.0, 0.0)
-    parts = tell_parts(view.mask, np.zeros_like(view.mask))
-    chosen = parts.area >= SPECK_AREA * parts.area.max()
-    image = to_emnist_form(view, parts.mask(chosen), size)
-    return Reading(image, describe(parts, chosen, Features()))
+    image = to_emnist_form(ink.view, ink.parts.mask(ink.chosen), size)
+    return Reading(image, describe(ink.parts, ink.chosen, Features()))
 
 
 def read_blank(grey: np.ndarray, stroke_extent: float, ink_extent: float) -> Reading:
@@ -637,10 +654,9 @@ def read_view(
     view: View, is_unlikely: bool, has_lines: bool, size: int
 ) -> tuple[list[Reading], float]:
     """Return the readings of a view, and the extent of its ink that is on no line."""
-    no_lines = np.zeros_like(view.mask)
     common = Features(unlikely=float(is_unlikely))
     if not has_lines:
-        return read_parts(view, no_lines, common, size), find_extent(view.mask)
+        return read_parts(view, None, common, size), find_extent(view.mask)
     lines, is_open = find_lines(view.mask)
     readings = read_parts(view, lines, common, size)
     if not lines.any():
@@ -649,10 +665,10 @@ def read_view(
     if rest is None:
         return readings, 0.0
     common = common._replace(open_ends=float(is_open))
-    return readings + read_parts(rest, no_lines, common, size), find_extent(rest.mask)
+    return readings + read_parts(rest, None, common, size), find_extent(rest.mask)
 
 
-def read_parts(view: View, lines: np.ndarray, common: Features, size: int) -> list[Reading]:
+def read_parts(view: View, lines: np.ndarray | None, common: Features, size: int) -> list[Reading]:
     """Return the readings of a view that keep some of its parts; `common`: what they share."""
     parts = tell_parts(view.mask, lines)
     least = LEAST_AREA if min(view.mask.shape) >= PHOTO_SIDE else 2
@@ -692,8 +708,9 @@ def describe(parts: Parts, chosen: np.ndarray, common: Features) -> Features:
     rows, columns = parts.labels.shape
     is_inner = parts.inside > 0.5 * parts.area
     left_out = parts.is_large(np.ones_like(chosen)) & is_inner & ~chosen
-    x = (parts.left[chosen].min() + parts.right[chosen].max()) / columns - 1
-    y = (parts.top[chosen].min() + parts.bottom[chosen].max()) / rows - 1
+    left, top, width, height = parts.box(chosen)
+    x = (2 * left + width) / columns - 1
+    y = (2 * top + height) / rows - 1
     inside = parts.inside[chosen].sum()
     return common._replace(
         left_out=float(parts.off_line[~chosen].sum() / max(1, parts.off_line.sum())),
