@@ -787,20 +787,23 @@ def run(args: argparse.Namespace) -> int:
         gc.freeze()  # nothing of torch is looked through again, which saves 0.4 s at the end
         started = time.monotonic()
 
-        def look_at(paths: list[str]) -> Iterator[Looked]:
+        def in_threads(task: Callable, paths: list[str]) -> Iterator:
             pictures = readers.read(paths, net.side)
-            submit = partial(threads.submit, look, net=net, known=beforehand, readers=readers)
+            submit = partial(threads.submit, task)
             batches = in_order(submit, batched(pictures, args.batch_size), 2 * workers)
             return (future.result() for _, future in batches)
 
+        looking = partial(look, net=net, known=beforehand, readers=readers)
         step = max(1, math.ceil(len(paths) / SAMPLE))
-        sample = [] if args.no_adapt else list(look_at(paths[::step]))
+        sample = [] if args.no_adapt else list(in_threads(looking, paths[::step]))
         folder = adapt(sample, beforehand, net.card) if sample else beforehand
+
+        answering = partial(answer, folder=folder, card=net.card, args=args)
         of_sample = {
-            one.path: one for looked in sample for one in answer(looked, folder, net.card, args)
+            picture.path: picture for picture in chain.from_iterable(map(answering, sample))
         }
-        rest = look_at([path for path in our_paths if path not in of_sample])
-        answered = chain.from_iterable(answer(looked, folder, net.card, args) for looked in rest)
+        others = [path for path in our_paths if path not in of_sample]
+        answered = chain.from_iterable(in_threads(lambda batch: answering(looking(batch)), others))
         pictures = (of_sample.get(path) or next(answered) for path in our_paths)
         batches = batched(pictures, args.batch_size)
         counts = write(chain([unlisted], batches), args, len(our_paths) + len(unlisted))

@@ -153,23 +153,22 @@ def train_run(name: str, args: argparse.Namespace) -> None:
 
 
 def write_card(args: argparse.Namespace) -> None:
-    """Write a weights file again with its card filled anew, as at the end of a training.
+    """Write a weights file with its class statistics and digit prior found anew, without training.
 
-    Its flags are train.py's that say what it was trained on.
+    Its flags are those of train.py that say what it was trained on. Its calibration stays: a second
+    one would let the bias of the last layer drift.
     """
-    config = train.parse(["--data", str(args.data), "--no-wandb", *args.flags])
+    config = train.parse(["--data", str(args.data), *args.flags])
     machine = train.set_up(config)
-    training, validation, test = train.load_splits(config, machine)
-    content = CNN.read_saved(args.model)  # CNN.load would refuse a card of another version
+    training, validation, _ = train.load_splits(config, machine)
+    content = CNN.read_saved(args.model)  # CNN.load would refuse statistics of another version
     net = CNN.Net(content["arch"]).to(machine.device)
     net.load_state_dict(content["state_dict"])
-    net.card.credit = train.add_credits(content["credit"], config.extra)
-    metrics = {"validation": train.fill_card(net, training, validation, machine)}
-    logits, _ = CNN.predict(net, test.images, machine.precision)
-    metrics["test"] = CNN.compute_metrics(logits / net.card.temperature, test.labels)
-    net.card.metrics = content["metrics"] | metrics
+    train.fill_card(net, training, validation, machine)
+    net.load_state_dict(content["state_dict"])
+    for name in ("temperature", "lookalikes", "metrics", "credit"):
+        setattr(net.card, name, content[name])
     CNN.save(net, args.model)
-    print(f"{args.model}: {metrics}")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
