@@ -34,7 +34,6 @@ class Features(NamedTuple):
     parts_kept: float = 0.0  # how many beyond the first
     offset: float = 0.0  # of what is kept from the picture's centre, half sides
     at_rim: float = 0.0  # of what is kept, the fraction in the rim
-    on_line: float = 0.0  # of what is kept within the rim, the fraction on lines
     open_ends: float = 0.0  # 1: a line is taken out that ends free, as strokes do
     unlikely: float = 0.0  # 1: ink is as light, or as dark, as paper is more likely to be
     blank: float = 0.0  # 1: nothing is kept
@@ -49,15 +48,14 @@ WEIGHTS = Features(
     left_out=-1.49,
     parts_left_out=-1.86,
     parts_kept=-1.0,
-    offset=-1.44,
-    at_rim=-2.86,
-    on_line=-1.4,
-    open_ends=-0.81,
+    offset=-1.31,
+    at_rim=-2.89,
+    open_ends=-0.8,
     unlikely=-1.78,
-    blank=-1.41,
-    blank_and_small=-0.99,
-    stroke_extent=-3.25,
-    ink_extent=-2.17,
+    blank=-1.4,
+    blank_and_small=-0.98,
+    stroke_extent=-3.13,
+    ink_extent=-2.16,
 )
 
 
@@ -711,14 +709,12 @@ def describe(parts: Parts, chosen: np.ndarray, common: Features) -> Features:
     left, top, width, height = parts.box(chosen)
     x = (2 * left + width) / columns - 1
     y = (2 * top + height) / rows - 1
-    inside = parts.inside[chosen].sum()
     return common._replace(
         left_out=float(parts.off_line[~chosen].sum() / max(1, parts.off_line.sum())),
         parts_left_out=float(left_out.sum()),
         parts_kept=float(chosen.sum() - 1),
         offset=float(np.hypot(x, y)),
-        at_rim=float(1 - inside / parts.area[chosen].sum()),
-        on_line=float(1 - parts.off_line[chosen].sum() / max(1, inside)) if inside else 0.0,
+        at_rim=float(1 - parts.inside[chosen].sum() / parts.area[chosen].sum()),
     )
 
 
