@@ -13,10 +13,12 @@ import argparse
 import csv
 import math
 import os
+import shutil
 import signal
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -30,12 +32,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.datasets import EMNIST
 from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
 import CNN
 import picture
+from augmentation import AUGMENTATIONS, augment, make_outliers
 from CNN import ALPHABET, SIZE, Net
 
 # Settings
@@ -58,9 +62,9 @@ def setting(default: object, text: str, between: tuple | None = None, **argument
 class Config:
     """Every setting of a run: its default, type, range and help stand here and nowhere else."""
 
-    arch: str = setting("default", "net", choices=list(CNN.ARCHITECTURES))
+    arch: str = setting("default", "net", choices=CNN.ARCHITECTURES)
     epochs: int = setting(20, "passes over the training images", (1, 1e6))
-    batch_size: int = setting(512, "images per step, over all processes of torchrun", (2, 1e6))
+    batch_size: int = setting(512, "images per step, over all ranks of torchrun", (2, 1e6))
     optimizer: str = setting("adamw", "optimizer", choices=list(OPTIMIZERS))
     lr: float = setting(3e-3, "highest learning rate", (1e-12, 1e36))
     weight_decay: float = setting(0.05, "weight decay", (0, 1e6))
@@ -72,7 +76,7 @@ class Config:
     ema: float = setting(0.999, "decay of the moving average of weights; 0: none", (0, 0.999999))
     xavier: bool = setting(True, "Xavier initialisation rather than torch's own", action=FLAG)
     precision: str = setting("auto", "arithmetic", choices=["auto", "float32", "bfloat16"])
-    seed: int = setting(0, "repeats a run, on the CPU bit for bit", (0, 2**62))
+    seed: int = setting(0, "of all random numbers: the CPU repeats a run with it", (0, 2**62))
     init: Path = setting(None, "weights file to start from, with its net")
     extra: Path = setting(None, "extra images: folders named by character, or path,character csv")
     extra_fraction: float = setting(0.125, "fraction of extra images in a batch", (0, 0.5))
@@ -121,6 +125,9 @@ def parse(argv: list[str] | None = None) -> Config:
 # The machine, and messages
 
 
+RANK_PATIENCE = 10  # seconds that another rank leaves it to the first to say what ends both
+
+
 class Machine(NamedTuple):
     """What this process computes with, and its place among those that torchrun started."""
 
@@ -153,7 +160,12 @@ def set_up(config: Config) -> Machine:
 def say(line: str) -> None:
     """Write a line for people, above the progress bar; of all ranks, the first."""
     if not dist.is_initialized() or dist.get_rank() == 0:
-        tqdm.write(line, file=sys.stderr)
+        tqdm.write(printable(line), file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    """Escape what a terminal would obey, such as in the name of a file."""
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
 
 
 def first_line(error: BaseException | str) -> str:
@@ -163,13 +175,13 @@ def first_line(error: BaseException | str) -> str:
 def fail(what: str, error: BaseException | str, remedy: str) -> NoReturn:
     """End the run with one line for the user: what, why, what to do."""
     reason = first_line(error)[:200] or type(error).__name__
-    raise SystemExit(f"train.py: error: {what}: {reason}: {remedy}")
+    raise SystemExit(printable(f"train.py: error: {what}: {reason}: {remedy}"))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Say whether memory ran out, the device's or the host's: torch has no type for the latter."""
-    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    return known or "can't allocate memory" in str(error)
+    has_type = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return has_type or "can't allocate memory" in str(error)
 
 
 # Data
@@ -184,7 +196,7 @@ class Split(NamedTuple):
 
     images: Tensor
     labels: Tensor
-    extra: int = 0  # how many of them, the last ones, are extra images
+    extra_count: int = 0  # how many of them, the last ones, are extra images
 
 
 def ensure_emnist(root: Path) -> None:
@@ -231,11 +243,10 @@ def held_out(images: Tensor) -> Tensor:
 
 def load_splits(config: Config, machine: Machine) -> tuple[Split, ...]:
     """Return train, validation and test, resident on the device."""
+    size = f"--batch-size {config.batch_size}"
     if config.batch_size % machine.world or config.batch_size < 2 * machine.world:
-        found = f"{machine.world} processes"
-        remedy = "choose one that they can share, two each at least"
-        fail(f"--batch-size {config.batch_size}", found, remedy)
-    extra = list_extra(config.extra) if config.extra else []
+        fail(size, f"{machine.world} ranks", "choose one that they can share, two each at least")
+    labelled = list_extra(config.extra) if config.extra else []
     try:
         if machine.rank == 0:
             ensure_emnist(config.data)
@@ -255,43 +266,52 @@ def load_splits(config: Config, machine: Machine) -> tuple[Split, ...]:
     training = Split(both.images[~held], both.labels[~held])
     validation = Split(both.images[held], both.labels[held])
     if config.batch_size > len(training.labels):
-        found = f"{len(training.labels)} images"
-        fail(f"--batch-size {config.batch_size}", found, "choose a smaller one")
-    if extra:
-        training = add_extra(training, extra)
+        fail(size, f"{len(training.labels)} images", "choose a smaller one")
+    if labelled:
+        training = add_extra(training, labelled)
     splits = (training, validation, test)
     return tuple(Split(x.to(machine.device), y.to(machine.device), n) for x, y, n in splits)
 
 
 def list_extra(source: Path) -> list[tuple[str, int]]:
-    """Return paths and labels of extra images.
+    """Return paths and labels of extra images; what is hidden or no class is passed over.
 
     source: a folder of folders named by character, as torchvision's ImageFolder has them, or a csv
     of path,character, as the page of inference.py --report saves corrections.
     """
     if source.is_dir():
-        paths = sorted(source.glob("[!.]*/[!.]*"))  # what is hidden is passed over
+        paths = sorted(source.glob("[!.]*/[!.]*"))
         named = [(str(path), path.parent.name) for path in paths]
     else:
         named = read_corrections(source)
-    if not named:
-        remedy = "put them into folders, as in A/any_name.png, or a row of the csv for each"
-        fail(f"--extra {source}", "no pictures", remedy)
+    labelled = []
+    others: Counter[str] = Counter()
     for path, character in named:
-        if character.upper() not in list(ALPHABET):
-            fail(f"--extra {source}", f"{path}: {character!r} is no class", "name it 0-9 or A-Z")
-    return [(path, ALPHABET.index(character.upper())) for path, character in named]
+        if character.upper() in list(ALPHABET):
+            labelled.append((path, ALPHABET.index(character.upper())))
+        else:
+            others[character] += 1
+    if others:
+        listed = ", ".join(f"{name!r} ({count})" for name, count in others.items())
+        say(f"--extra {source}: passed over, as no class of 0-9 and A-Z: {listed}")
+    if not labelled:
+        remedy = "put them into folders, as in A/any_name.png, or a row of the csv for each"
+        fail(f"--extra {source}", "no pictures of a class", remedy)
+    return labelled
 
 
 def read_corrections(source: Path) -> list[tuple[str, str]]:
-    """Return paths and characters of a csv; paths may be any bytes."""
+    """Return paths and characters of a csv; paths may be any bytes, or come from Windows."""
     try:
         with open(source, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            rows = csv.DictReader(file, restval="")
-            return [(row["path"], row["character"]) for row in rows]
+            rows = [(row["path"], row["character"]) for row in csv.DictReader(file, restval="")]
     except (OSError, KeyError, csv.Error) as error:
         reason = f"no column {error}" if isinstance(error, KeyError) else error
         fail(f"--extra {source}", reason, "give a csv, by comma, in UTF-8, headed path,character")
+    return [
+        (path if os.path.exists(path) else path.replace("\\", "/"), character)
+        for path, character in rows
+    ]
 
 
 def add_extra(split: Split, labelled: list[tuple[str, int]]) -> Split:
@@ -312,7 +332,19 @@ def add_extra(split: Split, labelled: list[tuple[str, int]]) -> Split:
 
 # Batches
 
-CHUNK_STEPS = 16  # batches that a GPU augments at once, to launch fewer kernels
+# Batches that a GPU augments at once. For a single one Python would launch 270 kernels, which takes
+# longer than the step itself: 1.3 ms on an H100
+CHUNK_STEPS = 16
+
+
+def extra_per_batch(split: Split, config: Config) -> int:
+    return math.ceil(config.batch_size * config.extra_fraction) if split.extra_count else 0
+
+
+def steps_per_epoch(split: Split, config: Config) -> int:
+    """Return how many batches an epoch has; what EMNIST's images leave over waits for the next."""
+    emnist_count = len(split.labels) - split.extra_count
+    return emnist_count // (config.batch_size - extra_per_batch(split, config))
 
 
 def draw_epoch(split: Split, epoch: int, config: Config) -> Tensor:
@@ -322,13 +354,13 @@ def draw_epoch(split: Split, epoch: int, config: Config) -> Tensor:
     and stand first: the first half of a batch is what gets augmented.
     """
     generator = torch.Generator().manual_seed(hash((config.seed, epoch)))
-    emnist_count = len(split.labels) - split.extra
-    extra_size = math.ceil(config.batch_size * config.extra_fraction) if split.extra else 0
+    emnist_count = len(split.labels) - split.extra_count
+    steps = steps_per_epoch(split, config)
+    extra_size = extra_per_batch(split, config)
     emnist_size = config.batch_size - extra_size
-    steps = emnist_count // emnist_size
     order = torch.randperm(emnist_count, generator=generator)[: steps * emnist_size]
     rows = order.view(steps, emnist_size)
-    if split.extra:
+    if extra_size:
         size = (steps, extra_size)
         extra_rows = torch.randint(emnist_count, len(split.labels), size, generator=generator)
         rows = torch.cat([extra_rows, rows], dim=1)
@@ -336,7 +368,7 @@ def draw_epoch(split: Split, epoch: int, config: Config) -> Tensor:
 
 
 def batches(split: Split, step: int, config: Config, machine: Machine) -> Iterator[tuple]:
-    """Yield what is left of the training at `step`: images (B + outliers, 1, 28, 28), labels (B,).
+    """Yield the batches from `step` on: images (B + outliers, 1, 28, 28) and labels (B,).
 
     The rows of a batch are extra images, EMNIST's, and outliers, which have no labels. The first
     half of the labelled ones is augmented, so that all extra images are, the second half is not.
@@ -345,7 +377,7 @@ def batches(split: Split, step: int, config: Config, machine: Machine) -> Iterat
     on the CPU, with the same dropout.
     """
     chunk_steps = CHUNK_STEPS if machine.device.type == "cuda" else 1
-    per_epoch = len(draw_epoch(split, 0, config))
+    per_epoch = steps_per_epoch(split, config)
     for epoch in range(step // per_epoch, config.epochs):
         order = draw_epoch(split, epoch, config)[:, machine.rank :: machine.world]
         order = order.to(machine.device)
@@ -378,181 +410,6 @@ def make_batches(images: Tensor, labels: Tensor, config: Config) -> Tensor:
         # The outliers come kind by kind: the i-th goes to batch i % steps, so each has every kind
         parts.append(outliers.unflatten(0, (count, steps)).transpose(0, 1))
     return torch.cat(parts, dim=1)
-
-
-# Augmentations: pure functions of images (N, 1, 28, 28) in [0, 1] to as many of the same form.
-# To add one: write it here and name it in AUGMENTATIONS and, for the default, in Config.augment
-
-# How far they go, chosen on validation and on the field sets together
-WARP_ANGLE = math.radians(15)
-WARP_SHEAR = 0.25
-WARP_SCALE = 0.15  # of the logarithm: size and aspect, each
-WARP_SHIFT = 2.0  # px
-WARP_BEND = 0.8  # px, standard deviation at the knots of the bend
-COARSE_SIZES = [(7, 7), (8, 8), (10, 10), (12, 12), (14, 14), (16, 8), (9, 14)]  # px, height, width
-
-
-def uniform(images: Tensor, low: float, high: float) -> Tensor:
-    """Draw one number per image, shaped (N, 1, 1, 1)."""
-    return torch.empty(len(images), 1, 1, 1, device=images.device).uniform_(low, high)
-
-
-def pick(images: Tensor, *fractions: float) -> tuple[Tensor, ...]:
-    """Draw the rows of disjoint random parts of the images, one as large as each fraction."""
-    sizes = [round(fraction * len(images)) for fraction in fractions]
-    return torch.randperm(len(images), device=images.device)[: sum(sizes)].split(sizes)
-
-
-def warp(images: Tensor) -> Tensor:
-    """Rotate, scale, stretch, shear and shift, with a smooth elastic displacement on top."""
-    n = len(images)
-    device = images.device
-    pixel = 2 / SIZE  # the unit is half a side
-    angle, shear, scale, stretch, right, down = torch.rand(6, n, device=device) * 2 - 1  # (N,) each
-    cos = torch.cos(angle * WARP_ANGLE)
-    sin = torch.sin(angle * WARP_ANGLE)
-    shear = shear * WARP_SHEAR
-    shift = WARP_SHIFT * pixel
-    across = torch.exp((scale + stretch) * WARP_SCALE)
-    along = torch.exp((scale - stretch) * WARP_SCALE)
-    row_x = torch.stack([across * cos, across * (shear * cos - sin), right * shift], 1)
-    row_y = torch.stack([along * sin, along * (shear * sin + cos), down * shift], 1)
-    grid = F.affine_grid(torch.stack([row_x, row_y], 1), images.shape, align_corners=False)
-    knots = torch.randn(n, 2, 5, 5, device=device) * (WARP_BEND * pixel)
-    bend = F.interpolate(knots, (SIZE, SIZE), mode="bilinear").permute(0, 2, 3, 1)
-    return F.grid_sample(images, grid + bend, align_corners=False)  # (N, 28, 28, 2) the grid
-
-
-def stroke(images: Tensor) -> Tensor:
-    """Thin a third of the images, thicken another, by grey morphology, each by its own amount."""
-    images = images.clone()
-    thinned, thickened = pick(images, 1 / 3, 1 / 3)
-    paper = 1 - images[thinned]
-    spread = F.max_pool2d(paper, 3, stride=1, padding=1)
-    images[thinned] = 1 - torch.lerp(paper, spread, uniform(paper, 0, 0.9))
-    ink = images[thickened]
-    spread = F.max_pool2d(ink, 3, stride=1, padding=1)
-    images[thickened] = torch.lerp(ink, spread, uniform(ink, 0, 1))
-    return images
-
-
-def resolution(images: Tensor) -> Tensor:
-    """Take a quarter of the images down to a few pixels and back: thumbnails, coarse scans."""
-    images = images.clone()
-    fractions = [1 / 4 / len(COARSE_SIZES)] * len(COARSE_SIZES)
-    for size, chosen in zip(COARSE_SIZES, pick(images, *fractions), strict=True):
-        coarse = F.interpolate(images[chosen], size, mode="bilinear", antialias=True)
-        images[chosen] = F.interpolate(coarse, (SIZE, SIZE), mode="bicubic").clamp(0, 1)
-    return images
-
-
-def tone(images: Tensor) -> Tensor:
-    """Blur, bend the contrast, add grain, each to its own random part of the images."""
-    images = images.clone()
-    (chosen,) = pick(images, 1 / 4)
-    sharp = images[chosen]
-    blurred = F.avg_pool2d(sharp, 3, stride=1, padding=1)
-    images[chosen] = torch.lerp(sharp, blurred, uniform(sharp, 0, 1))
-    (chosen,) = pick(images, 1 / 3)
-    plain = images[chosen]
-    images[chosen] = plain.clamp(1e-6) ** torch.exp(uniform(plain, -0.7, 0.7))
-    (chosen,) = pick(images, 1 / 5)
-    images[chosen] += torch.randn_like(images[chosen]) * uniform(images[chosen], 0, 0.12)
-    return images.clamp(0, 1)
-
-
-AUGMENTATIONS = {function.__name__: function for function in (warp, stroke, resolution, tone)}
-
-
-def augment(images: Tensor, names: str) -> Tensor:
-    """Apply augmentations, given by their names and commas, or none.
-
-    The ink of each is brought back to a maximum of 1, as EMNIST's images and fitted ones have it.
-    """
-    if names == "none":
-        return images
-    for name in names.split(","):
-        images = AUGMENTATIONS[name](images)
-    return images / images.amax((1, 2, 3), keepdim=True).clamp(min=0.1)
-
-
-# Outliers: images of what is no character
-
-PEN_WIDTH = 2.3  # px, of EMNIST's strokes, the median
-# They are made of two characters of different shapes: an E over an F is an E. The first group,
-# lines, is left out: beside or over another character they make a third.
-SHAPES = ["1IL", "0OQDCG6", "2Z79AJTY4X", "5S8B3", "EFPRKH", "UVWMN"]
-
-
-def make_outliers(images: Tensor, labels: Tensor, count: int) -> Tensor:
-    """Make outliers (count, 1, 28, 28) of random images (N, 1, 28, 28), as large as fitted ones.
-
-    Source: outlier exposure, Hendrycks et al. 2019, arXiv 1812.04606.
-    """
-    device = images.device
-    # Draw pairs of characters; a fifth of them goes into each kind of outlier
-    shape_of = torch.empty(len(ALPHABET), dtype=torch.int64)
-    for shape, characters in enumerate(SHAPES):
-        shape_of[[ALPHABET.index(character) for character in characters]] = shape
-    shapes = shape_of.to(device)[labels]  # (N,)
-    some = 1e-9  # weight of what does not fit, for small batches in which nothing does
-    rows = torch.multinomial((shapes > 0) + some, count, replacement=True)
-    fitting = (shapes[rows, None] != shapes) & (shapes > 0)  # (count, N)
-    other_rows = torch.multinomial(fitting + some, 1).squeeze(1)
-    left, under, before, whole, _ = images[rows].tensor_split(5)
-    right, over, after, _, empty = images[other_rows].tensor_split(5)
-
-    # Two side by side: bold ones, narrowed
-    height = 0.45 + 0.3 * torch.rand(len(left), 1, 1, device=device)
-    shift = 0.4 + 0.1 * torch.rand(len(left), 1, 1, device=device)
-    left = squeeze(F.max_pool2d(left, 3, stride=1, padding=1), 0.45, height, -shift)
-    right = squeeze(F.max_pool2d(right, 3, stride=1, padding=1), 0.45, height, shift)
-    beside = torch.maximum(left, right)
-    # One over the other
-    overwritten = torch.maximum(under, over)
-    # The right half of one and the left half of the next, as a bad crop has them
-    halves = torch.cat([before[..., SIZE // 2 :], after[..., : SIZE // 2]], dim=3)
-    cropped = squeeze(halves, 0.85, 0.85, 0)
-    # One struck out by four lines from side to side
-    corners = torch.rand(len(whole), 5, 2, device=device) * 1.5 - 0.75
-    corners[:, :, 0] = 0.4 + corners[:, :, 0].abs() / 2
-    corners[:, 1::2, 0] *= -1
-    struck_out = torch.maximum(whole, draw_strokes(corners))
-    # A scribble: a curve through twelve points
-    points = torch.rand(len(empty), 2, 1, 12, device=device) * 1.7 - 0.85
-    curve = F.interpolate(points, (1, 48), mode="bicubic").squeeze(2)  # (N, 2, 48)
-    scribble = draw_strokes(curve.transpose(1, 2))
-    return torch.cat([beside, overwritten, cropped, struck_out, scribble])
-
-
-def squeeze(images: Tensor, width: float, height: Tensor | float, shift: Tensor | float) -> Tensor:
-    """Scale images by width and height, then move them right by `shift` half sides.
-
-    height and shift are numbers, or of each image its own (N, 1, 1).
-    """
-    centres = pixel_centres(images.device)
-    x = (centres - shift) / width  # where a pixel comes from
-    y = centres[:, None] / height
-    shape = (len(images), SIZE, SIZE)
-    grid = torch.stack([x.expand(shape), y.expand(shape)], dim=3)
-    return F.grid_sample(images, grid, align_corners=False)
-
-
-def draw_strokes(points: Tensor) -> Tensor:
-    """Draw lines through points (N, P, 2), x and y from -1 to 1, with a pen: (N, 1, 28, 28)."""
-    centres = pixel_centres(points.device)
-    pixels = torch.cartesian_prod(centres, centres).flip(1)  # (784, x and y)
-    along = points.diff(dim=1)[:, None]  # (N, 1, P - 1, 2)
-    offset = pixels[:, None] - points[:, None, :-1]  # (N, 784, P - 1, 2)
-    part = (offset * along).sum(3) / along.square().sum(3).clamp(min=1e-6)  # of the way along
-    offset = offset - part.clamp(0, 1)[..., None] * along  # from the nearest point of a line
-    distance = offset.square().sum(3).amin(2).sqrt()  # (N, 784)
-    return (PEN_WIDTH / 2 + 0.5 - distance * SIZE / 2).clamp(0, 1).view(-1, 1, SIZE, SIZE)
-
-
-def pixel_centres(device: torch.device) -> Tensor:
-    """Return where the pixels' centres are, (28,): the unit is half a side, 0 the middle."""
-    return (torch.arange(SIZE, device=device) + 0.5) * 2 / SIZE - 1
 
 
 # Learning rate and loss
@@ -683,8 +540,8 @@ def load_checkpoint(state: State, path: Path, device: torch.device) -> None:
             if settings.get(name) != value
         ]
         if changed:
-            what = f"--resume: {path} was made with"
-            fail(what, ", ".join(changed), "pass the same settings and files")
+            remedy = "pass the same settings and files"
+            fail(f"--resume: {path} was made with", ", ".join(changed), remedy)
         for name in ("net", "average", "optimizer"):
             getattr(state, name).load_state_dict(content.pop(name))
     except Exception as error:  # whatever reading damaged bytes may raise
@@ -704,50 +561,45 @@ class Log:
     """A run at Weights & Biases; where it is off, or has failed, nothing is done."""
 
     def __init__(self, config: Config, enabled: bool, run_id: str | None) -> None:
-        """Start a run as WANDB_MODE says, otherwise online if a key is known, or offline."""
         self.run = None
-        if not enabled:
-            return
-        with self.give_up_on_errors():
-            import wandb  # takes a second, and not everyone has it
+        if enabled:
+            with self.give_up_on_errors():
+                self.start(config, run_id)
 
-            start = partial(
-                wandb.init,
-                project=os.environ.get("WANDB_PROJECT", "emnist"),
-                id=run_id,
-                resume="allow",
-                config={name: str(value) for name, value in asdict(config).items()},
-                settings=wandb.Settings(silent=True, console="off", init_timeout=LOG_PATIENCE),
-            )
-            if "WANDB_MODE" in os.environ or wandb.login(prompt=False, verify=False):
-                try:
-                    self.run = start()
-                except Exception as error:  # of the network, the server, the key
-                    say(f"warning: wandb: {first_line(error)}: logging offline")
-            self.run = self.run or start(mode="offline")
-            sync = f"offline; send it with: wandb sync {Path(self.run.dir).parent}"
-            say(f"wandb: logging {sync if self.run.offline else self.run.url or 'nothing'}")
+    def start(self, config: Config, run_id: str | None) -> None:
+        """Start a run as WANDB_MODE says, otherwise online if a key is known, or offline."""
+        import wandb  # takes a second, and not everyone has it
+
+        init = partial(
+            wandb.init,
+            project=os.environ.get("WANDB_PROJECT", "emnist"),
+            id=run_id,
+            resume="allow",
+            config={name: str(value) for name, value in asdict(config).items()},
+            settings=wandb.Settings(silent=True, console="off", init_timeout=LOG_PATIENCE),
+        )
+        mode = os.environ.get("WANDB_MODE")
+        try:
+            if mode or wandb.login(prompt=False, verify=False):
+                self.run = init()
+        except (Exception, SystemExit) as error:  # of the network, the server, the key, the mode
+            where = f"WANDB_MODE {mode}: " if mode else ""
+            say(f"warning: wandb: {where}{first_line(error)}: logging offline")
+        self.run = self.run or init(mode="offline")
+        sync = f"offline; send it with: wandb sync {Path(self.run.dir).parent}"
+        say(f"wandb: logging {sync if self.run.offline else self.run.url or 'nothing'}")
 
     def write(self, values: dict[str, float], step: int) -> None:
         if self.run:
             with self.give_up_on_errors():
                 self.run.log(values, step)
 
-    def finish(self, metrics: dict, labels: Tensor, answers: Tensor, weights: Path) -> None:
-        """Log the metrics of test, the confusions and the weights; wait until all is sent."""
-        if not self.run:
-            return
-        with self.give_up_on_errors():
-            import wandb
-
-            self.run.summary.update({f"test/{name}": value for name, value in metrics.items()})
-            plot = wandb.plot.confusion_matrix
-            chart = plot(None, labels.tolist(), answers.tolist(), list(ALPHABET))
-            self.run.log({"test/confusion": chart})
-            artifact = wandb.Artifact("emnist-cnn", type="model")
-            artifact.add_file(str(weights), name="model.pt")
-            self.run.log_artifact(artifact)
-            self.run.finish()
+    def finish(self, metrics: dict[str, float]) -> None:
+        """Log the metrics of test and wait until all is sent."""
+        if self.run:
+            with self.give_up_on_errors():
+                self.run.summary.update({f"test/{name}": value for name, value in metrics.items()})
+                self.run.finish()
 
     @contextmanager
     def give_up_on_errors(self) -> Iterator[None]:
@@ -788,28 +640,35 @@ def noted_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def progress_bar(steps: int, done: int, config: Config, machine: Machine) -> tqdm:
+    """Return a bar that counts images, on the first rank's stderr where that is a terminal."""
+    size = config.batch_size
+    columns = shutil.get_terminal_size().columns  # 80 in a terminal that says 0
+    hidden = True if machine.rank > 0 else None
+    counted = {"total": steps * size, "initial": done * size, "unit": " images"}
+    return tqdm(**counted, unit_scale=True, ncols=columns, disable=hidden)
+
+
 def learn(
     state: State, training: Split, validation: Split, config: Config, machine: Machine, log: Log
 ) -> None:
     """Train to the end, or to a signal: KeyboardInterrupt with its number, a checkpoint saved."""
-    per_epoch = len(draw_epoch(training, 0, config))
+    per_epoch = steps_per_epoch(training, config)
     steps = per_epoch * config.epochs
     compute_loss = make_loss(state.net, config, machine)
     averaged = [x for x in state.average.state_dict().values() if x.is_floating_point()]
     current = [x for x in state.net.state_dict().values() if x.is_floating_point()]
-    hidden = True if machine.rank > 0 else None  # None: where stderr is no terminal
-    bar = tqdm(total=steps, initial=state.step, disable=hidden)
+    bar = progress_bar(steps, state.step, config, machine)
     saved = time.monotonic()
     epoch_began = time.monotonic()
     epoch_first_step = state.step
     with noted_signals() as noted:
         for images, labels in batches(training, state.step, config, machine):
             # Take a step
-            rate = learning_rate(state.step, steps, config)
             for group in state.optimizer.param_groups:
-                group["lr"] = rate
-            loss = compute_loss(images, labels)
+                group["lr"] = learning_rate(state.step, steps, config)
             state.optimizer.zero_grad(set_to_none=True)
+            loss = compute_loss(images, labels)
             loss.backward()
             state.optimizer.step()
             state.loss += loss.detach()
@@ -817,14 +676,16 @@ def learn(
 
             # Let the average follow: faster in the first steps, so that it forgets the start
             decay = min(config.ema, state.step / (state.step + 10))
-            torch._foreach_lerp_(averaged, current, 1 - decay)
+            get_ema_multi_avg_fn(decay)(averaged, current, state.step)
 
             # Report
-            bar.update()
+            bar.update(config.batch_size)
             ended = state.step % per_epoch == 0
             if ended or state.step % REPORT_STEPS == 0:
                 value = loss.item()  # waits for the device
-                log.write({"train/loss": value, "lr": rate}, state.step)
+                epoch = math.ceil(state.step / per_epoch)
+                bar.set_description(f"epoch {epoch}/{config.epochs}, loss {value:.3f}", False)
+                log.write({"train/loss": value, "lr": group["lr"]}, state.step)
                 if not math.isfinite(value):
                     remedy = f"try a lower --lr, without {config.checkpoint}"
                     fail("the loss is not finite", f"step {state.step}", remedy)
@@ -867,6 +728,7 @@ def finish_epoch(state: State, validation: Split, speed: float, machine: Machine
 
 # The run
 
+SAVE_PATIENCE = 10  # seconds between tries to write the weights
 STATISTICS_IMAGES = 1000  # of each class, un-augmented, EMNIST's; more change nothing
 
 
@@ -904,34 +766,44 @@ def train(config: Config) -> dict:
     # Measure the best epoch, on test once, and write it
     net = state.average
     net.load_state_dict(state.best)
-    drawn = training.labels[draw_epoch(training, 0, config)]
-    net.card.digit_prior = (drawn < CNN.DIGITS).float().mean().item()
     metrics = {"validation": fill_card(net, training, validation, machine)}
     logits, _ = CNN.predict(net, test.images, machine.precision)
     metrics["test"] = CNN.compute_metrics(logits / net.card.temperature, test.labels)
     net.card.metrics = {**metrics, "settings": state.settings}
-    try:
-        CNN.save(net, config.out)
-    except OSError as error:
-        fail(f"--out {config.out}", error, "make room, then --resume writes it")
+    save_weights(net, config)
     config.checkpoint.unlink(missing_ok=True)
-    log.finish(metrics["test"], test.labels, logits.argmax(1), config.out)
+    log.finish(metrics["test"])
     confusion = CNN.count_confusions(logits, test.labels).tolist()
     return {**metrics, "history": state.history, "confusion": confusion}
+
+
+def save_weights(net: Net, config: Config) -> None:
+    """Write the weights; where that fails, try again until there is room or a signal comes."""
+    failed = False
+    while True:
+        try:
+            return CNN.save(net, config.out)
+        except OSError as error:
+            if not failed:
+                say(f"warning: --out {config.out}: {error}: make room: it is tried until it works")
+            failed = True
+            time.sleep(SAVE_PATIENCE)
 
 
 def fill_card(net: Net, training: Split, validation: Split, machine: Machine) -> dict[str, float]:
     """Calibrate the net and describe it on its card; return its metrics on validation.
 
-    The bias is added to the last layer's. On the card go the temperature, the lookalikes, both of
-    validation, and the class statistics, of EMNIST's training images.
+    The bias is added to the last layer's. On the card go the temperature, the digit prior and the
+    lookalikes, all of validation, and the class statistics, of EMNIST's training images.
     """
     logits, features = CNN.predict(net, validation.images, machine.precision)
     net.card.temperature, bias = CNN.calibrate(logits, validation.labels)
     net.fc2.bias.data += bias
     logits += bias
+    digits = (validation.labels < CNN.DIGITS).sum().item()
+    net.card.digit_prior = (digits + 1) / (len(logits) + 2)  # above 0 in any validation, below 1
     net.card.lookalikes = CNN.find_lookalikes(CNN.count_confusions(logits, validation.labels))
-    labels = training.labels[: len(training.labels) - training.extra]
+    labels = training.labels[: len(training.labels) - training.extra_count]
     per_class = [(labels == i).nonzero()[:STATISTICS_IMAGES, 0] for i in range(len(ALPHABET))]
     rows = torch.cat(per_class)
     _, known = CNN.predict(net, training.images[rows], machine.precision)
@@ -956,9 +828,8 @@ def format_results(results: dict) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Train from the command line; return the exit status."""
-    config = parse(argv)
+def run(config: Config) -> int:
+    """Train, print the results, return the exit status."""
     try:
         results = train(config)
     except KeyboardInterrupt as stop:
@@ -972,9 +843,27 @@ def main(argv: list[str] | None = None) -> int:
             raise
         fail("out of memory", error, "free some, or try a smaller --batch-size")
     if results:
-        print(format_results(results), flush=True)
         say(f"wrote {config.out}")
+        try:
+            print(format_results(results), flush=True)
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python will flush stdout once more
+            fail("stdout", error, f"the metrics are in {config.out}, too")
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train from the command line; return the exit status.
+
+    What ends one rank mostly ends all. So the others leave it to the first of their computer to say
+    why: when it ends, torchrun ends them.
+    """
+    try:
+        return run(parse(argv))
+    except SystemExit:
+        if CNN.local_rank() > 0:
+            time.sleep(RANK_PATIENCE)
+        raise
 
 
 if __name__ == "__main__":
