@@ -3,6 +3,7 @@
 import math
 import os
 import pickle
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -280,13 +281,13 @@ def test_other_content_is_refused(net, tmp_path):
 
 
 class Code:
-    """Pickled, a call of os.mkdir(path): loading it makes a folder."""
+    """Pickled, a call of shutil.copy: loading it makes a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def __reduce__(self) -> tuple:
-        return os.mkdir, (str(self.path),)
+        return shutil.copy, (__file__, str(self.path))
 
 
 def test_code_in_a_file_is_not_executed(net, tmp_path):
@@ -296,7 +297,7 @@ def test_code_in_a_file_is_not_executed(net, tmp_path):
     weights = good["state_dict"] | {"fc2.weight": code}
     for content in (code, {code: 1}, good | {"metrics": code}, good | {"state_dict": weights}):
         torch.save(content, path)
-        assert "mkdir" in refusal(path)
+        assert "shutil.copy" in refusal(path)
         assert not trap.exists()
         torch.load(path, weights_only=False)  # the trap does work
-        trap.rmdir()
+        trap.unlink()
