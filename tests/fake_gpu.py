@@ -66,7 +66,7 @@ class Operations(TorchDispatchMode):
 
     def note_wait(self, what: object) -> None:
         frames = [frame for frame in extract_stack() if Path(frame.filename).parent == ROOT]
-        self.waits[f"{' > '.join(frame.name for frame in frames[-3:])}: {what}"] += 1
+        self.waits[f"{' > '.join(frame.name for frame in frames)}: {what}"] += 1
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> object:
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
