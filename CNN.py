@@ -281,19 +281,19 @@ def count_confusions(logits: Tensor, labels: Tensor) -> Tensor:
     return pairs.bincount(minlength=classes**2).view(classes, classes).cpu()
 
 
-LOOKALIKE_RATE = 0.15  # on validation the worst pairs are at 20 % and more, the next at 12 %
+LOOKALIKE_FRACTION = 0.15  # on validation the worst pairs are at 20 % and more, the next at 12 %
 
 
 def find_lookalikes(confusion: Tensor) -> list[str]:
     """Return the groups of characters that nobody can tell apart alone, such as "1IL".
 
-    Two characters are alike if their confusions, both ways, reach LOOKALIKE_RATE of the images
+    Two characters are alike if their confusions, both ways, reach LOOKALIKE_FRACTION of the images
     of the rarer one; a group is what such pairs connect.
     """
     counts = confusion.sum(1)
-    rates = (confusion + confusion.T) / torch.minimum(counts[:, None], counts).clamp(1)
+    fractions = (confusion + confusion.T) / torch.minimum(counts[:, None], counts).clamp(1)
     groups = list(ALPHABET)  # of each character, those in its group
-    for i, j in (rates.triu(1) >= LOOKALIKE_RATE).nonzero().tolist():
+    for i, j in (fractions.triu(1) >= LOOKALIKE_FRACTION).nonzero().tolist():
         joined = "".join(sorted({*groups[i], *groups[j]}))
         for member in joined:
             groups[ALPHABET.index(member)] = joined
@@ -418,9 +418,9 @@ def _build(content: dict) -> Net:
 def _check(net: Net) -> None:
     """Raise ValueError, or another error, if the net or its card holds what no training gives."""
     card = net.card
-    known = card.statistics
+    statistics = card.statistics
     types = {one.name: one.type for one in (*fields(Card), *fields(ClassStatistics))}
-    for name, value in {**vars(card), **vars(known), **net.state_dict()}.items():
+    for name, value in {**vars(card), **vars(statistics), **net.state_dict()}.items():
         right = isinstance(value, types.get(name, Tensor))
         if isinstance(value, float):
             right = right and 0 < value < math.inf
@@ -435,6 +435,6 @@ def _check(net: Net) -> None:
     width = net.fc2.in_features
     shapes = {"whitening": (width, width), "means": (len(ALPHABET), width)}
     for name, shape in shapes.items():
-        tensor = getattr(known, name)
+        tensor = getattr(statistics, name)
         if tensor.shape != shape or tensor.dtype != torch.float32:
             raise ValueError(f"{name} {tensor.dtype} {[*tensor.shape]}: expected float32 {shape}")

@@ -124,8 +124,7 @@ def parse(argv: list[str] | None = None) -> Config:
 
 # The machine, and messages
 
-
-RANK_PATIENCE = 10  # seconds that another rank leaves it to the first to say what ends both
+RANK_PATIENCE = 10  # seconds that other ranks leave it to the first to say what ends them all
 
 
 class Machine(NamedTuple):
@@ -143,10 +142,8 @@ def set_up(config: Config) -> Machine:
         device = CNN.choose_device(config.device)
     except ValueError as error:
         fail(f"--device {config.device}", error, "try --device cpu")
-    if config.precision == "auto":
-        precision = CNN.mixed_precision(device)
-    else:
-        precision = getattr(torch, config.precision)
+    is_auto = config.precision == "auto"
+    precision = CNN.mixed_precision(device) if is_auto else getattr(torch, config.precision)
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return Machine(device, precision)
     if device.type == "cuda":
@@ -308,10 +305,12 @@ def read_corrections(source: Path) -> list[tuple[str, str]]:
     except (OSError, KeyError, csv.Error) as error:
         reason = f"no column {error}" if isinstance(error, KeyError) else error
         fail(f"--extra {source}", reason, "give a csv, by comma, in UTF-8, headed path,character")
-    return [
-        (path if os.path.exists(path) else path.replace("\\", "/"), character)
-        for path, character in rows
-    ]
+    return [(from_windows(path), character) for path, character in rows]
+
+
+def from_windows(path: str) -> str:
+    """Return a path with slashes, unless it is there with its backslashes."""
+    return path if os.path.exists(path) else path.replace("\\", "/")
 
 
 def add_extra(split: Split, labelled: list[tuple[str, int]]) -> Split:
@@ -332,17 +331,18 @@ def add_extra(split: Split, labelled: list[tuple[str, int]]) -> Split:
 
 # Batches
 
-# Batches that a GPU augments at once. For a single one Python would launch 270 kernels, which takes
-# longer than the step itself: 1.3 ms on an H100
+# Batches that a GPU augments at once. Each would need 270 kernels of its own, and to launch them
+# takes Python longer than the step takes an H100: 1.3 ms
 CHUNK_STEPS = 16
 
 
 def extra_per_batch(split: Split, config: Config) -> int:
+    """Return how many images of each batch are extra ones."""
     return math.ceil(config.batch_size * config.extra_fraction) if split.extra_count else 0
 
 
 def steps_per_epoch(split: Split, config: Config) -> int:
-    """Return how many batches an epoch has; what EMNIST's images leave over waits for the next."""
+    """Return how many whole batches EMNIST's images make, with the extra ones beside them."""
     emnist_count = len(split.labels) - split.extra_count
     return emnist_count // (config.batch_size - extra_per_batch(split, config))
 
@@ -381,15 +381,13 @@ def batches(split: Split, step: int, config: Config, machine: Machine) -> Iterat
     for epoch in range(step // per_epoch, config.epochs):
         order = draw_epoch(split, epoch, config)[:, machine.rank :: machine.world]
         order = order.to(machine.device)
-        for first in range(0, per_epoch, chunk_steps):
+        start = max(0, step - epoch * per_epoch)
+        for first in range(start - start % chunk_steps, per_epoch, chunk_steps):
             rows = order[first : first + chunk_steps]  # (steps, B)
-            done = max(0, step - epoch * per_epoch - first)  # batches taken before a resume
-            if done >= len(rows):
-                continue
             torch.manual_seed(hash((config.seed, machine.rank, epoch, first)))
             labels = split.labels[rows]
             images = make_batches(split.images[rows], labels, config)
-            for i in range(done, len(rows)):
+            for i in range(max(0, start - first), len(rows)):
                 yield images[i].contiguous(memory_format=torch.channels_last), labels[i]
 
 
@@ -640,7 +638,7 @@ def noted_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def progress_bar(steps: int, done: int, config: Config, machine: Machine) -> tqdm:
+def make_bar(steps: int, done: int, config: Config, machine: Machine) -> tqdm:
     """Return a bar that counts images, on the first rank's stderr where that is a terminal."""
     size = config.batch_size
     columns = shutil.get_terminal_size().columns  # 80 in a terminal that says 0
@@ -658,7 +656,7 @@ def learn(
     compute_loss = make_loss(state.net, config, machine)
     averaged = [x for x in state.average.state_dict().values() if x.is_floating_point()]
     current = [x for x in state.net.state_dict().values() if x.is_floating_point()]
-    bar = progress_bar(steps, state.step, config, machine)
+    bar = make_bar(steps, state.step, config, machine)
     saved = time.monotonic()
     epoch_began = time.monotonic()
     epoch_first_step = state.step
@@ -778,15 +776,15 @@ def train(config: Config) -> dict:
 
 
 def save_weights(net: Net, config: Config) -> None:
-    """Write the weights; where that fails, try again until there is room or a signal comes."""
-    failed = False
+    """Write the weights; where that fails, try again until it succeeds or a signal comes."""
+    warned = False
     while True:
         try:
             return CNN.save(net, config.out)
         except OSError as error:
-            if not failed:
-                say(f"warning: --out {config.out}: {error}: make room: it is tried until it works")
-            failed = True
+            if not warned:
+                say(f"warning: --out {config.out}: {error.strerror}: make room; it is tried again")
+            warned = True
             time.sleep(SAVE_PATIENCE)
 
 
