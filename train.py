@@ -170,7 +170,13 @@ def first_line(error: BaseException | str) -> str:
 
 
 def fail(what: str, error: BaseException | str, remedy: str) -> NoReturn:
-    """End the run with one line for the user: what, why, what to do."""
+    """End the run with one line for the user: what, why, what to do.
+
+    What ends one rank mostly ends all: the others leave it to the first of their computer to say
+    it, and torchrun ends them when that one has ended.
+    """
+    if CNN.local_rank() > 0:
+        time.sleep(RANK_PATIENCE)
     reason = first_line(error)[:200] or type(error).__name__
     raise SystemExit(printable(f"train.py: error: {what}: {reason}: {remedy}"))
 
@@ -299,18 +305,18 @@ def list_extra(source: Path) -> list[tuple[str, int]]:
 
 def read_corrections(source: Path) -> list[tuple[str, str]]:
     """Return paths and characters of a csv; paths may be any bytes, or come from Windows."""
+    rows = []
     try:
         with open(source, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            rows = [(row["path"], row["character"]) for row in csv.DictReader(file, restval="")]
+            for row in csv.DictReader(file, restval=""):
+                path = row["path"]
+                if not os.path.exists(path):
+                    path = path.replace("\\", "/")  # as Windows has it
+                rows.append((path, row["character"]))
     except (OSError, KeyError, csv.Error) as error:
         reason = f"no column {error}" if isinstance(error, KeyError) else error
         fail(f"--extra {source}", reason, "give a csv, by comma, in UTF-8, headed path,character")
-    return [(from_windows(path), character) for path, character in rows]
-
-
-def from_windows(path: str) -> str:
-    """Return a path with slashes, unless it is there with its backslashes."""
-    return path if os.path.exists(path) else path.replace("\\", "/")
+    return rows
 
 
 def add_extra(split: Split, labelled: list[tuple[str, int]]) -> Split:
@@ -650,7 +656,10 @@ def make_bar(steps: int, done: int, config: Config, machine: Machine) -> tqdm:
 def learn(
     state: State, training: Split, validation: Split, config: Config, machine: Machine, log: Log
 ) -> None:
-    """Train to the end, or to a signal: KeyboardInterrupt with its number, a checkpoint saved."""
+    """Train to the end, or to a signal: KeyboardInterrupt with its number, a checkpoint saved.
+
+    Raises FloatingPointError when the loss is no number any more.
+    """
     per_epoch = steps_per_epoch(training, config)
     steps = per_epoch * config.epochs
     compute_loss = make_loss(state.net, config, machine)
@@ -685,8 +694,7 @@ def learn(
                 bar.set_description(f"epoch {epoch}/{config.epochs}, loss {value:.3f}", False)
                 log.write({"train/loss": value, "lr": group["lr"]}, state.step)
                 if not math.isfinite(value):
-                    remedy = f"try a lower --lr, without {config.checkpoint}"
-                    fail("the loss is not finite", f"step {state.step}", remedy)
+                    raise FloatingPointError(f"step {state.step}")
 
             # End an epoch
             if ended:
@@ -826,14 +834,17 @@ def format_results(results: dict) -> str:
     return "\n".join(lines)
 
 
-def run(config: Config) -> int:
-    """Train, print the results, return the exit status."""
+def main(argv: list[str] | None = None) -> int:
+    """Train from the command line; return the exit status."""
+    config = parse(argv)
     try:
         results = train(config)
     except KeyboardInterrupt as stop:
         if config.checkpoint.exists():
             say("stopped at your request; go on with the same command and --resume")
         return 128 + (stop.args[0] if stop.args else signal.SIGINT)
+    except FloatingPointError as error:
+        fail("the loss is not finite", error, f"try a lower --lr, without {config.checkpoint}")
     except torch._dynamo.exc.TorchDynamoException as error:  # such as no C++ compiler there
         fail("the step can't be compiled", error, "try --no-compile")
     except (MemoryError, RuntimeError) as error:
@@ -848,20 +859,6 @@ def run(config: Config) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python will flush stdout once more
             fail("stdout", error, f"the metrics are in {config.out}, too")
     return 0
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Train from the command line; return the exit status.
-
-    What ends one rank mostly ends all. So the others leave it to the first of their computer to say
-    why: when it ends, torchrun ends them.
-    """
-    try:
-        return run(parse(argv))
-    except SystemExit:
-        if CNN.local_rank() > 0:
-            time.sleep(RANK_PATIENCE)
-        raise
 
 
 if __name__ == "__main__":
