@@ -1,6 +1,8 @@
-"""Training images out of EMNIST's: augmentations, and outliers, images of what is no character.
+"""What the net is shown in training: EMNIST's images augmented, and outliers beside them.
 
-Pure functions of a batch of images (N, 1, 28, 28) in [0, 1], ink 1 on 0, on any device.
+    images = make_batches(pixels, labels, "warp,tone", 0.05)    # uint8 -> [0, 1], on any device
+
+All are pure functions of images (N, 1, 28, 28) in [0, 1], ink 1 on 0.
 """
 
 import math
@@ -10,6 +12,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from CNN import ALPHABET, SIZE
+
+
+def make_batches(images: Tensor, labels: Tensor, names: str, outlier_fraction: float) -> Tensor:
+    """Augment the first half of some batches and append outliers to them.
+
+    images: (S, B, 28, 28) uint8 of S batches; labels: (S, B); names: of the augmentations. Returns
+    (S, B + outliers, 1, 28, 28) in [0, 1]. The second half stays as it is: there the net may use
+    what the augmentations destroy, the small differences between the 0 and the O of EMNIST's
+    writers.
+    """
+    steps, size = labels.shape
+    images = images.unsqueeze(2).float() / 255  # (S, B, 1, 28, 28)
+    augmented = augment(images[:, : size // 2].flatten(0, 1), names)
+    parts = [augmented.unflatten(0, (steps, -1)), images[:, size // 2 :]]
+    count = round(size * outlier_fraction)
+    if count:
+        outliers = make_outliers(images.flatten(0, 1), labels.flatten(), steps * count)
+        # The outliers come kind by kind: the i-th goes to batch i % steps, so each has every kind
+        parts.append(outliers.unflatten(0, (count, steps)).transpose(0, 1))
+    return torch.cat(parts, dim=1)
+
 
 # Augmentations: each returns as many images as it is given, of the same form. To add one, write it
 # here and name it in AUGMENTATIONS and, for the default, in Config.augment of train.py

@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 import CNN
 import picture
-from augmentation import AUGMENTATIONS, augment, make_outliers
+from augmentation import AUGMENTATIONS, make_batches
 from CNN import ALPHABET, SIZE, Net
 
 # Settings
@@ -392,28 +392,9 @@ def batches(split: Split, step: int, config: Config, machine: Machine) -> Iterat
             rows = order[first : first + chunk_steps]  # (steps, B)
             torch.manual_seed(hash((config.seed, machine.rank, epoch, first)))
             labels = split.labels[rows]
-            images = make_batches(split.images[rows], labels, config)
+            images = make_batches(split.images[rows], labels, config.augment, config.outliers)
             for i in range(max(0, start - first), len(rows)):
                 yield images[i].contiguous(memory_format=torch.channels_last), labels[i]
-
-
-def make_batches(images: Tensor, labels: Tensor, config: Config) -> Tensor:
-    """Augment the first half of some batches and append outliers to them.
-
-    images: (S, B, 28, 28) uint8 of S batches; labels: (S, B). Returns (S, B + outliers, 1, 28, 28)
-    in [0, 1]. The second half stays as it is: there the net may use what the augmentations destroy,
-    the small differences between the 0 and the O of EMNIST's writers.
-    """
-    steps, size = labels.shape
-    images = images.unsqueeze(2).float() / 255  # (S, B, 1, 28, 28)
-    augmented = augment(images[:, : size // 2].flatten(0, 1), config.augment)
-    parts = [augmented.unflatten(0, (steps, -1)), images[:, size // 2 :]]
-    count = round(size * config.outliers)
-    if count:
-        outliers = make_outliers(images.flatten(0, 1), labels.flatten(), steps * count)
-        # The outliers come kind by kind: the i-th goes to batch i % steps, so each has every kind
-        parts.append(outliers.unflatten(0, (count, steps)).transpose(0, 1))
-    return torch.cat(parts, dim=1)
 
 
 # Learning rate and loss

@@ -15,9 +15,15 @@ from CNN import ALPHABET
 
 
 @pytest.fixture
-def batch(tiny_emnist) -> torch.Tensor:
+def pixels(tiny_emnist) -> torch.Tensor:
+    """(144, 28, 28) uint8."""
+    return train.read_emnist(tiny_emnist, train=True).images
+
+
+@pytest.fixture
+def batch(pixels) -> torch.Tensor:
     """Pictures as the augmentations take them: (144, 1, 28, 28) in [0, 1]."""
-    return train.read_emnist(tiny_emnist, train=True).images.unsqueeze(1) / 255
+    return pixels.unsqueeze(1) / 255
 
 
 @pytest.fixture
@@ -43,6 +49,31 @@ def test_augment_changes_images_and_keeps_their_ink_full(batch, names):
     assert torch.equal(augmentation.augment(batch, "none"), batch)
     blank = augmentation.augment(torch.zeros(3, 1, 28, 28), names)
     assert 0 <= blank.min() <= blank.max() <= 1
+
+
+def test_the_first_half_of_a_batch_is_augmented_and_outliers_are_appended(pixels, labels):
+    images = pixels[:80].view(2, 40, 28, 28)
+    labels = labels[:80].view(2, 40)
+    batches = augmentation.make_batches(images, labels, "warp,tone", 0.25)
+    assert batches.shape == (2, 50, 1, 28, 28)
+    changed = (batches[:, :40, 0] - images / 255).abs().amax((2, 3)) > 0
+    assert changed[:, :20].all()
+    assert not changed[:, 20:].any()
+    assert (batches[:, 40:].amax((2, 3, 4)) > 0.5).all()
+    plain = augmentation.make_batches(images, labels, "none", 0)
+    assert torch.equal(plain[:, :, 0], images / 255)
+
+
+def test_each_batch_of_a_chunk_has_outliers_of_every_kind(pixels, labels, monkeypatch):
+    def numbered(images, labels, count):  # the kinds come one after the other, a fifth each
+        return torch.arange(count).view(-1, 1, 1, 1).expand(-1, 1, 28, 28)
+
+    monkeypatch.setattr(augmentation, "make_outliers", numbered)
+    images = pixels[:120].view(3, 40, 28, 28)
+    labels = labels[:120].view(3, 40)
+    batches = augmentation.make_batches(images, labels, "none", 0.25)
+    kinds = batches[:, 40:, 0, 0, 0] // 6  # 30 outliers, so 6 of each kind
+    assert kinds.sort(dim=1).values.tolist() == [[0, 0, 1, 1, 2, 2, 3, 3, 4, 4]] * 3
 
 
 @pytest.mark.parametrize("count", [1, 4, 20])

@@ -31,7 +31,7 @@ def test_training_keeps_devices_apart_and_waits_for_the_gpu_only_to_report(
     config, fake_gpu, monkeypatch, capsys, planted
 ):
     if planted:
-        monkeypatch.setattr(train, "augment", lambda images, names: images / images.max().item())
+        monkeypatch.setattr(augmentation, "augment", lambda x, names: x / x.max().item())
     train.train(config)
     in_steps = {
         what: count

@@ -93,32 +93,6 @@ def test_learning_rate_at_its_corners():
     assert constant == pytest.approx([0.001] * 3 + [0.01] * 5)
 
 
-def test_the_first_half_of_a_batch_is_augmented_and_outliers_are_appended(split):
-    config = Config(outliers=0.25)
-    images = split.images[:80].view(2, 40, 28, 28)
-    labels = split.labels[:80].view(2, 40)
-    batches = train.make_batches(images, labels, config)
-    assert batches.shape == (2, 50, 1, 28, 28)
-    changed = (batches[:, :40, 0] - images / 255).abs().amax((2, 3)) > 0
-    assert changed[:, :20].all()
-    assert not changed[:, 20:].any()
-    assert (batches[:, 40:].amax((2, 3, 4)) > 0.5).all()
-    plain = train.make_batches(images, labels, Config(augment="none", outliers=0))
-    assert torch.equal(plain[:, :, 0], images / 255)
-
-
-def test_each_batch_of_a_chunk_has_outliers_of_every_kind(split, monkeypatch):
-    def numbered(images, labels, count):  # the kinds come one after the other, a fifth each
-        return torch.arange(count).view(-1, 1, 1, 1).expand(-1, 1, 28, 28)
-
-    monkeypatch.setattr(train, "make_outliers", numbered)
-    images = split.images[:120].view(3, 40, 28, 28)
-    labels = split.labels[:120].view(3, 40)
-    batches = train.make_batches(images, labels, Config(outliers=0.25))
-    kinds = batches[:, 40:, 0, 0, 0] // 6  # 30 outliers, so 6 of each kind
-    assert kinds.sort(dim=1).values.tolist() == [[0, 0, 1, 1, 2, 2, 3, 3, 4, 4]] * 3
-
-
 def test_the_loss_of_outliers_is_their_distance_from_the_uniform_distribution(config):
     net = train.create_state(config, CPU).net.eval()
     images, labels = torch.rand(8, 1, 28, 28), torch.arange(6)
