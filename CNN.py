@@ -51,12 +51,15 @@ def conv_block(inputs: int, outputs: int, dropout: float) -> nn.Sequential:
 
 
 def two_blocks(middle: int, last: int, hidden: int, dropout: float) -> tuple[nn.Module, ...]:
-    """Build both blocks, of `middle` and `last` channels, the hidden layer and the last one."""
+    """Build layer1, layer2, fc1 and fc2 of a net of `middle` and `last` channels."""
     flat = last * (SIZE // 4) ** 2
     layer1 = conv_block(1, middle, dropout)
     layer2 = conv_block(middle, last, dropout)
     fc1 = nn.Sequential(
-        nn.Linear(flat, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Dropout(dropout)
+        nn.Linear(flat, hidden),
+        nn.BatchNorm1d(hidden),
+        nn.ReLU(),
+        nn.Dropout(dropout),
     )
     return layer1, layer2, fc1, nn.Linear(hidden, len(ALPHABET))
 
@@ -395,7 +398,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> Net:
     """
     try:
         net = _build(read_saved(path))
-    except OSError:
+    except (OSError, MemoryError):
         raise
     except Exception as error:  # whatever unpickling foreign bytes and filling a net may raise
         reason = " ".join(str(error).rpartition("WeightsUnpickler error: ")[2].split())[:100]
