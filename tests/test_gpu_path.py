@@ -60,6 +60,19 @@ def test_a_stopped_training_goes_on_on_the_gpu(config, fake_gpu, monkeypatch):
     assert len(train.train(replace(config, resume=True))["history"]) == 3
 
 
+def test_a_resumed_training_goes_on_within_a_chunk_of_batches(config, fake_gpu, monkeypatch):
+    monkeypatch.setattr(train, "CHUNK_STEPS", 4)
+    machine = train.Machine(torch.device("cuda:0"), torch.float32)
+    split, *_ = train.load_splits(config, machine)
+    whole = list(train.batches(split, 0, config, machine))
+    assert len(whole) == 24
+    for step in (0, 3, 4, 10, 23):
+        rest = train.batches(split, step, config, machine)
+        for (images, labels), (again, labels_again) in zip(whole[step:], rest, strict=True):
+            assert torch.equal(images, again)
+            assert torch.equal(labels, labels_again)
+
+
 def on_the_cpu(images: torch.Tensor, *_: float) -> torch.Tensor:
     return torch.full((len(images), 1, 1, 1), 0.5)
 
