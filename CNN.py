@@ -4,15 +4,17 @@
     logits = net(images)              # (N, 1, 28, 28) ink in [0, 1] -> (N, 36)
 
 `train.py` and `inference.py` both import it and never each other: what they must agree on is here.
-The original project is Hladkyi's, a student's, from which this one grew; its weights load as well.
 """
 
 import copy
 import io
 import math
 import os
+import sys
 import zipfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,59 +33,41 @@ EMNIST_DIGIT_PRIOR = 240_000 / 364_800  # digits among EMNIST's training images
 
 # Architectures
 
-
-@dataclass(frozen=True)
-class Architecture:
-    """Two convolutional blocks of the same layers, and a head, before the last layer.
-
-    Layers have their names in torch.nn; those with weights give as many outputs as their block or
-    head. MaxPool2d, one in a block, halves the side.
-    """
-
-    block: str
-    head: str
-    channels: tuple[int, int] = (32, 64)  # that the blocks give
-    kernel: int = 5  # px
-    padding: int = 0  # px
-    side: int = 1  # px, of what the second block gives
-    hidden: int = 1024  # outputs of the head
+DROPOUT = 0.28  # the original project's, Hladkyi's
 
 
-BLOCK = "Conv2d BatchNorm2d MaxPool2d ReLU Conv2d BatchNorm2d ReLU Dropout"  # pooled first: cheaper
-HEAD = "Linear BatchNorm1d ReLU Dropout"
-ARCHITECTURES = {
-    "default": Architecture(BLOCK, HEAD, (48, 96), kernel=3, padding=1, side=7, hidden=384),
-    "large": Architecture(BLOCK, HEAD, (64, 128), kernel=3, padding=1, side=7, hidden=1536),
-    # of the original project, named after the runs that its README tells of
-    "run1": Architecture("Conv2d ReLU BatchNorm2d Dropout MaxPool2d", head="", side=4),
-    "run7": Architecture("Conv2d ReLU Conv2d ReLU BatchNorm2d MaxPool2d Dropout", HEAD),
-    "run8": Architecture(
-        "Conv2d ReLU Conv2d ReLU BatchNorm2d MaxPool2d BatchNorm2d Dropout",
-        "Linear ReLU BatchNorm1d Linear ReLU BatchNorm1d Dropout",
-    ),
+def conv_block(inputs: int, outputs: int, dropout: float) -> nn.Sequential:
+    """Build two convolutions of `outputs` channels; what comes out has half the side."""
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, padding=1),
+        nn.BatchNorm2d(outputs),
+        nn.MaxPool2d(2),  # early: what follows costs a quarter
+        nn.ReLU(),
+        nn.Conv2d(outputs, outputs, 3, padding=1),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(),
+        nn.Dropout(dropout),
+    )
+
+
+def two_blocks(middle: int, last: int, hidden: int, dropout: float) -> tuple[nn.Module, ...]:
+    """Build layer1, layer2, fc1 and fc2 of a net of `middle` and `last` channels."""
+    flat = last * (SIZE // 4) ** 2
+    layer1 = conv_block(1, middle, dropout)
+    layer2 = conv_block(middle, last, dropout)
+    fc1 = nn.Sequential(
+        nn.Linear(flat, hidden),
+        nn.BatchNorm1d(hidden),
+        nn.ReLU(),
+        nn.Dropout(dropout),
+    )
+    return layer1, layer2, fc1, nn.Linear(hidden, len(ALPHABET))
+
+
+ARCHITECTURES: dict[str, Callable[..., tuple[nn.Module, ...]]] = {  # called with dropout=
+    "default": partial(two_blocks, 48, 96, 384),
+    "large": partial(two_blocks, 64, 128, 1536),
 }
-DROPOUT = 0.28  # the original project's
-
-
-def build_layers(
-    names: str, architecture: Architecture, inputs: int, outputs: int, dropout: float
-) -> nn.Sequential:
-    """Build the named layers of a block or a head, from its number of inputs to that of outputs."""
-    layers = []
-    for name in names.split():
-        arguments = {
-            "Conv2d": (inputs, outputs, architecture.kernel, 1, architecture.padding),
-            "Linear": (inputs, outputs),
-            "BatchNorm2d": (outputs,),
-            "BatchNorm1d": (outputs,),
-            "MaxPool2d": (2,),
-            "ReLU": (),
-            "Dropout": (dropout,),
-        }
-        layers.append(getattr(nn, name)(*arguments[name]))
-        if name in ("Conv2d", "Linear"):
-            inputs = outputs
-    return nn.Sequential(*layers)
 
 
 # What the weights file knows beside the weights
@@ -113,35 +97,28 @@ class Card:
     mean: float = MEAN
     std: float = STD
     temperature: float = 1.0  # logits are divided by it to get calibrated probabilities
-    digit_prior: float = EMNIST_DIGIT_PRIOR  # digits among the images of training
-    lookalikes: list[str] = field(default_factory=list)  # groups that nobody can tell apart alone
+    digit_prior: float = EMNIST_DIGIT_PRIOR  # digits among the images that it was calibrated on
+    lookalikes: list = field(default_factory=list)  # groups, str, that nobody can tell apart alone
     metrics: dict = field(default_factory=dict)  # of validation and test, and the settings
     credit: str = ""  # whose data the weights were trained on
-    statistics: ClassStatistics | None = None
+    statistics: ClassStatistics | None = None  # None until training ends: not in a weights file
 
 
 # The net
 
 
 class Net(nn.Module):
-    """The two-block conv net, built from its description in `ARCHITECTURES`.
+    """The conv net: two convolutional blocks, a hidden layer, and a last one that gives logits.
 
     arch: a name in ARCHITECTURES. xavier: Glorot & Bengio's uniform initialisation (2010) of every
     convolution and linear layer; otherwise torch's own. `card` is what the weights file knows
-    beside the weights. The names layer1, layer2, fc1, fc2 are the original project's, so that its
-    weights fit.
+    beside the weights.
     """
 
     def __init__(self, arch: str = "default", *, dropout: float = DROPOUT, xavier: bool = True):
         super().__init__()
-        shape = ARCHITECTURES[arch]
         self.card = Card(arch)
-        middle, last = shape.channels
-        self.layer1 = build_layers(shape.block, shape, 1, middle, dropout)
-        self.layer2 = build_layers(shape.block, shape, middle, last, dropout)
-        flat = last * shape.side**2
-        self.fc1 = build_layers(shape.head, shape, flat, shape.hidden, dropout)
-        self.fc2 = nn.Linear(shape.hidden if shape.head else flat, len(ALPHABET))
+        self.layer1, self.layer2, self.fc1, self.fc2 = ARCHITECTURES[arch](dropout=dropout)
         if xavier:
             for layer in self.modules():
                 if isinstance(layer, (nn.Conv2d, nn.Linear)):
@@ -180,18 +157,27 @@ class Net(nn.Module):
 EVALUATION_BATCH = 2048  # images
 
 
-def choose_device(name: str) -> torch.device:
-    """Return a device by torch's name for it, or for auto the GPU where there is one, or the CPU.
+def local_rank() -> int:
+    """Return which of this computer's ranks this process is; 0 where torchrun did not start it."""
+    return int(os.environ.get("LOCAL_RANK", 0)) if "TORCHELASTIC_RUN_ID" in os.environ else 0
 
-    Under torchrun each process takes its own GPU. Raises ValueError where there is no such device.
+
+def choose_device(name: str) -> torch.device:
+    """Return a device by torch's name for it; auto: the GPU, or the CPU where no GPU computes.
+
+    Under torchrun each rank takes its own GPU. Raises ValueError where the device does not compute.
     """
-    if name in ("auto", "cuda") and torch.cuda.is_available():
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if name == "auto" and not torch.cuda.is_available():
+        return torch.device("cpu")
     try:
-        device = torch.device(name.replace("auto", "cpu"))
-        torch.empty(1, device=device).item()
+        device = torch.device(f"cuda:{local_rank()}" if name in ("auto", "cuda") else name)
+        torch.ones(1, device=device).item()  # runs a kernel: a build of torch lacks old GPUs'
     except (AssertionError, RuntimeError) as error:
-        raise ValueError(str(error).partition("\n")[0]) from None
+        reason = str(error).partition("\n")[0]
+        if name != "auto":
+            raise ValueError(reason) from None
+        print(f"the GPU can't be used, so the CPU is: {reason}", file=sys.stderr)
+        return torch.device("cpu")
     return device
 
 
@@ -298,19 +284,19 @@ def count_confusions(logits: Tensor, labels: Tensor) -> Tensor:
     return pairs.bincount(minlength=classes**2).view(classes, classes).cpu()
 
 
-LOOKALIKE_RATE = 0.15  # on validation the worst pairs are at 20 % and more, the next at 12 %
+LOOKALIKE_FRACTION = 0.15  # on validation the worst pairs are at 20 % and more, the next at 12 %
 
 
 def find_lookalikes(confusion: Tensor) -> list[str]:
     """Return the groups of characters that nobody can tell apart alone, such as "1IL".
 
-    Two characters are alike if their confusions, both ways, reach LOOKALIKE_RATE of the images
+    Two characters are alike if their confusions, both ways, reach LOOKALIKE_FRACTION of the images
     of the rarer one; a group is what such pairs connect.
     """
     counts = confusion.sum(1)
-    rates = (confusion + confusion.T) / torch.minimum(counts[:, None], counts).clamp(1)
+    fractions = (confusion + confusion.T) / torch.minimum(counts[:, None], counts).clamp(1)
     groups = list(ALPHABET)  # of each character, those in its group
-    for i, j in (rates.triu(1) >= LOOKALIKE_RATE).nonzero().tolist():
+    for i, j in (fractions.triu(1) >= LOOKALIKE_FRACTION).nonzero().tolist():
         joined = "".join(sorted({*groups[i], *groups[j]}))
         for member in joined:
             groups[ALPHABET.index(member)] = joined
@@ -403,17 +389,27 @@ def learn_basis(
 
 
 def write_atomically(payload: object, path: Path) -> None:
-    """Save `payload` with torch.save so that `path` holds the old file or the new one, whole."""
+    """Save `payload` with torch.save so that `path` holds the old file or the new one, whole.
+
+    Both are on the disk before the name changes, should the machine lose its power. Raises OSError.
+    """
     path = Path(path).resolve()  # a link stays, its target changes
-    part = path.with_name(path.name + ".part")
+    partial_path = path.with_name(path.name + ".partial")
     buffer = io.BytesIO()
     torch.save(payload, buffer)  # not to the file: torch reports a full disk as it happens
     try:
-        part.write_bytes(buffer.getbuffer())
-        os.replace(part, path)
+        with open(partial_path, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial_path, path)
     except OSError:
-        part.unlink(missing_ok=True)
+        partial_path.unlink(missing_ok=True)
         raise
+    if hasattr(os, "O_DIRECTORY"):  # Windows has none
+        folder = os.open(path.parent, os.O_DIRECTORY)
+        os.fsync(folder)
+        os.close(folder)
 
 
 def save(net: Net, path: Path) -> None:
@@ -436,18 +432,14 @@ def read_saved(path: Path, device: torch.device | str = "cpu") -> dict:
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> Net:
-    """Read our weights file, or the original project's, into a Net in eval mode.
+    """Read a weights file into a Net in eval mode.
 
     Raises ValueError, one line, for any file that is not whole and ours; OSError where it can't be
     read.
     """
     try:
-        content = read_saved(path)
-        if any(key.startswith("_orig_mod.") for key in content):
-            net = _load_original(content)
-        else:
-            net = _load_ours(content)
-    except OSError:
+        net = _build(read_saved(path))
+    except (OSError, MemoryError):
         raise
     except Exception as error:  # whatever unpickling foreign bytes and filling a net may raise
         reason = " ".join(str(error).rpartition("WeightsUnpickler error: ")[2].split())[:100]
@@ -456,26 +448,41 @@ def load(path: Path, device: torch.device | str = "cpu") -> Net:
     return net.eval().to(device)
 
 
-def _load_ours(content: dict) -> Net:
+def _build(content: dict) -> Net:
     """Build the net of a file that `save` wrote; what only other versions know is passed over."""
     card = Card(**{one.name: content[one.name] for one in fields(Card) if one.name in content})
-    if card.statistics is not None:
-        card.statistics = ClassStatistics(**card.statistics)
-    if card.alphabet != ALPHABET:
-        raise ValueError(f"alphabet {card.alphabet}: expected {ALPHABET}")
+    card.statistics = ClassStatistics(**card.statistics)
     net = Net(card.arch)
     net.card = card
     net.load_state_dict(content["state_dict"])
+    _check(net)
     return net
 
 
-def _load_original(content: dict) -> Net:
-    """Build the original project's net, run8, of which the last of 37 outputs was never trained."""
-    net = Net("run8")
-    net.card.mean = 0.1307  # of MNIST, as the original project took them
-    net.card.std = 0.3081
-    state = {key.removeprefix("_orig_mod."): tensor for key, tensor in content.items()}
-    for name in ("fc2.weight", "fc2.bias"):
-        state[name] = state[name][: len(ALPHABET)]
-    net.load_state_dict(state)
-    return net
+def _check(net: Net) -> None:
+    """Raise ValueError, or another error, if the net or its card holds what no training gives."""
+    card = net.card
+    statistics = card.statistics
+    types = {one.name: one.type for one in (*fields(Card), *fields(ClassStatistics))}
+    for name, value in {**vars(card), **vars(statistics), **net.state_dict()}.items():
+        right = isinstance(value, types.get(name, Tensor))
+        if isinstance(value, float):
+            right = right and 0 < value < math.inf
+        if isinstance(value, Tensor):
+            right = right and value.isfinite().all()
+        if not right:
+            raise ValueError(f"{name} is {value}")
+    if card.alphabet != ALPHABET:
+        raise ValueError(f"alphabet {card.alphabet}: expected {ALPHABET}")
+    if card.digit_prior >= 1 or not set("".join(card.lookalikes)) <= set(ALPHABET):
+        raise ValueError(f"digit_prior {card.digit_prior}, lookalikes {card.lookalikes}")
+    width = net.fc2.in_features
+    shapes = {
+        "whitening": (width, width),
+        "means": (len(ALPHABET), width),
+        "basis": (len(ALPHABET), statistics.basis.shape[1], width),
+    }
+    for name, shape in shapes.items():
+        tensor = getattr(statistics, name)
+        if tensor.shape != shape or tensor.dtype != torch.float32:
+            raise ValueError(f"{name} {tensor.dtype} {[*tensor.shape]}: expected float32 {shape}")

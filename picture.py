@@ -45,17 +45,17 @@ class Features(NamedTuple):
 
 # Nats, of each feature, fitted by images_for_readme/readings.py on scenes, forms and field sets
 WEIGHTS = Features(
-    left_out=-1.49,
-    parts_left_out=-1.86,
+    left_out=-1.47,
+    parts_left_out=-1.93,
     parts_kept=-1.0,
-    offset=-1.31,
-    at_rim=-2.89,
+    offset=-1.28,
+    at_rim=-2.96,
     open_ends=-0.8,
-    unlikely=-1.78,
-    blank=-1.4,
-    blank_and_small=-0.98,
-    stroke_extent=-3.13,
-    ink_extent=-2.16,
+    unlikely=-1.7,
+    blank=-1.35,
+    blank_and_small=-0.99,
+    stroke_extent=-3.19,
+    ink_extent=-2.13,
 )
 
 

@@ -13,10 +13,12 @@ import argparse
 import csv
 import math
 import os
+import shutil
 import signal
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -30,6 +32,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.datasets import EMNIST
 from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
@@ -58,9 +61,9 @@ def setting(default: object, text: str, between: tuple | None = None, **argument
 class Config:
     """Every setting of a run: its default, type, range and help stand here and nowhere else."""
 
-    arch: str = setting("default", "net", choices=list(CNN.ARCHITECTURES))
+    arch: str = setting("default", "net", choices=CNN.ARCHITECTURES)
     epochs: int = setting(20, "passes over the training images", (1, 1e6))
-    batch_size: int = setting(512, "images per step, over all processes of torchrun", (2, 1e6))
+    batch_size: int = setting(512, "images per step, over all ranks of torchrun", (2, 1e6))
     optimizer: str = setting("adamw", "optimizer", choices=list(OPTIMIZERS))
     lr: float = setting(3e-3, "highest learning rate", (1e-12, 1e36))
     weight_decay: float = setting(0.05, "weight decay", (0, 1e6))
@@ -72,7 +75,7 @@ class Config:
     ema: float = setting(0.999, "decay of the moving average of weights; 0: none", (0, 0.999999))
     xavier: bool = setting(True, "Xavier initialisation rather than torch's own", action=FLAG)
     precision: str = setting("auto", "arithmetic", choices=["auto", "float32", "bfloat16"])
-    seed: int = setting(0, "repeats a run, on the CPU bit for bit", (0, 2**62))
+    seed: int = setting(0, "of all random numbers: the CPU repeats a run with it", (0, 2**62))
     init: Path = setting(None, "weights file to start from, with its net")
     extra: Path = setting(None, "extra images: folders named by character, or a csv of paths")
     extra_fraction: float = setting(0.125, "fraction of extra images in a batch", (0, 0.5))
@@ -120,6 +123,8 @@ def parse(argv: list[str] | None = None) -> Config:
 
 # The machine, and messages
 
+RANK_PATIENCE = 10  # seconds that other ranks leave it to the first to say what ends them all
+
 
 class Machine(NamedTuple):
     """What this process computes with, and its place among those that torchrun started."""
@@ -136,10 +141,8 @@ def set_up(config: Config) -> Machine:
         device = CNN.choose_device(config.device)
     except ValueError as error:
         fail(f"--device {config.device}", error, "try --device cpu")
-    if config.precision == "auto":
-        precision = CNN.mixed_precision(device)
-    else:
-        precision = getattr(torch, config.precision)
+    is_auto = config.precision == "auto"
+    precision = CNN.mixed_precision(device) if is_auto else getattr(torch, config.precision)
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return Machine(device, precision)
     if device.type == "cuda":
@@ -153,7 +156,12 @@ def set_up(config: Config) -> Machine:
 def say(line: str) -> None:
     """Write a line for people, above the progress bar; of all ranks, the first."""
     if not dist.is_initialized() or dist.get_rank() == 0:
-        tqdm.write(line, file=sys.stderr)
+        tqdm.write(printable(line), file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    """Escape what a terminal would obey, such as in the name of a file."""
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
 
 
 def first_line(error: BaseException | str) -> str:
@@ -161,15 +169,21 @@ def first_line(error: BaseException | str) -> str:
 
 
 def fail(what: str, error: BaseException | str, remedy: str) -> NoReturn:
-    """End the run with one line for the user: what, why, what to do."""
+    """End the run with one line for the user: what, why, what to do.
+
+    What ends one rank mostly ends all: the others leave it to the first of their computer to say
+    it, and torchrun ends them when that one has ended.
+    """
+    if CNN.local_rank() > 0:
+        time.sleep(RANK_PATIENCE)
     reason = first_line(error)[:200] or type(error).__name__
-    raise SystemExit(f"train.py: error: {what}: {reason}: {remedy}")
+    raise SystemExit(printable(f"train.py: error: {what}: {reason}: {remedy}"))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Say whether memory ran out, the device's or the host's: torch has no type for the latter."""
-    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    return known or "can't allocate memory" in str(error)
+    has_type = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return has_type or "can't allocate memory" in str(error)
 
 
 # Data
@@ -235,11 +249,10 @@ def held_out(images: Tensor) -> Tensor:
 
 def load_splits(config: Config, machine: Machine) -> tuple[Split, ...]:
     """Return train, validation and test, resident on the device."""
+    size = f"--batch-size {config.batch_size}"
     if config.batch_size % machine.world or config.batch_size < 2 * machine.world:
-        found = f"{machine.world} processes"
-        remedy = "choose one that they can share, two each at least"
-        fail(f"--batch-size {config.batch_size}", found, remedy)
-    extra = list_extra(config.extra) if config.extra else []
+        fail(size, f"{machine.world} ranks", "choose one that they can share, two each at least")
+    labelled = list_extra(config.extra) if config.extra else []
     try:
         if machine.rank == 0:
             ensure_emnist(config.data)
@@ -259,44 +272,57 @@ def load_splits(config: Config, machine: Machine) -> tuple[Split, ...]:
     training = Split(both.images[~held], both.labels[~held])
     validation = Split(both.images[held], both.labels[held])
     if config.batch_size > len(training.labels):
-        found = f"{len(training.labels)} images"
-        fail(f"--batch-size {config.batch_size}", found, "choose a smaller one")
-    if extra:
-        training = add_extra(training, extra)
+        fail(size, f"{len(training.labels)} images", "choose a smaller one")
+    if labelled:
+        training = add_extra(training, labelled)
     splits = (training, validation, test)
     return tuple(Split(x.to(machine.device), y.to(machine.device), n) for x, y, n in splits)
 
 
 def list_extra(source: Path) -> list[tuple[str, int, str]]:
-    """Return paths, labels and writers of extra images; a writer is "" where he is not known.
+    """Return paths, labels and writers, "" where not known, of extra images.
+
+    What is hidden or no class is passed over.
 
     source: a folder of folders named by character, as torchvision's ImageFolder has them, or a csv
     of path,character, as the page of inference.py --report saves corrections, or with a column
     writer: from those it is learnt how writers differ.
     """
     if source.is_dir():
-        paths = sorted(source.glob("[!.]*/[!.]*"))  # what is hidden is passed over
+        paths = sorted(source.glob("[!.]*/[!.]*"))
         named = [(str(path), path.parent.name, "") for path in paths]
     else:
         named = read_corrections(source)
-    if not named:
+    labelled = []
+    others: Counter[str] = Counter()
+    for path, character, writer in named:
+        if character.upper() in list(ALPHABET):
+            labelled.append((path, ALPHABET.index(character.upper()), writer))
+        else:
+            others[character] += 1
+    if others:
+        listed = ", ".join(f"{name!r} ({count})" for name, count in others.items())
+        say(f"--extra {source}: passed over, as no class of 0-9 and A-Z: {listed}")
+    if not labelled:
         remedy = "put them into folders, as in A/any_name.png, or a row of the csv for each"
-        fail(f"--extra {source}", "no pictures", remedy)
-    for path, character, _ in named:
-        if character.upper() not in list(ALPHABET):
-            fail(f"--extra {source}", f"{path}: {character!r} is no class", "name it 0-9 or A-Z")
-    return [(path, ALPHABET.index(character.upper()), writer) for path, character, writer in named]
+        fail(f"--extra {source}", "no pictures of a class", remedy)
+    return labelled
 
 
 def read_corrections(source: Path) -> list[tuple[str, str, str]]:
-    """Return paths, characters and writers, if it has these, of a csv; paths may be any bytes."""
+    """Return paths, characters and writers of a csv; paths may be any bytes, or from Windows."""
+    rows = []
     try:
         with open(source, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            rows = csv.DictReader(file, restval="")
-            return [(row["path"], row["character"], row.get("writer", "")) for row in rows]
+            for row in csv.DictReader(file, restval=""):
+                path = row["path"]
+                if not os.path.exists(path):
+                    path = path.replace("\\", "/")  # as Windows has it
+                rows.append((path, row["character"], row.get("writer", "")))
     except (OSError, KeyError, csv.Error) as error:
         reason = f"no column {error}" if isinstance(error, KeyError) else error
         fail(f"--extra {source}", reason, "give a csv, by comma, in UTF-8, headed path,character")
+    return rows
 
 
 def add_extra(split: Split, labelled: list[tuple[str, int, str]]) -> Split:
@@ -319,7 +345,20 @@ def add_extra(split: Split, labelled: list[tuple[str, int, str]]) -> Split:
 
 # Batches
 
-CHUNK_STEPS = 16  # batches that a GPU augments at once, to launch fewer kernels
+# Batches that a GPU augments at once. Each would need 270 kernels of its own, and to launch them
+# takes Python longer than the step takes an H100: 1.3 ms
+CHUNK_STEPS = 16
+
+
+def extra_per_batch(split: Split, config: Config) -> int:
+    """Return how many images of each batch are extra ones."""
+    return math.ceil(config.batch_size * config.extra_fraction) if split.extra_count else 0
+
+
+def steps_per_epoch(split: Split, config: Config) -> int:
+    """Return how many whole batches EMNIST's images make, with the extra ones beside them."""
+    emnist_count = len(split.labels) - split.extra_count
+    return emnist_count // (config.batch_size - extra_per_batch(split, config))
 
 
 def draw_epoch(split: Split, epoch: int, config: Config) -> Tensor:
@@ -330,12 +369,12 @@ def draw_epoch(split: Split, epoch: int, config: Config) -> Tensor:
     """
     generator = torch.Generator().manual_seed(hash((config.seed, epoch)))
     emnist_count = len(split.labels) - split.extra_count
-    extra_size = math.ceil(config.batch_size * config.extra_fraction) if split.extra_count else 0
+    steps = steps_per_epoch(split, config)
+    extra_size = extra_per_batch(split, config)
     emnist_size = config.batch_size - extra_size
-    steps = emnist_count // emnist_size
     order = torch.randperm(emnist_count, generator=generator)[: steps * emnist_size]
     rows = order.view(steps, emnist_size)
-    if split.extra_count:
+    if extra_size:
         size = (steps, extra_size)
         extra_rows = torch.randint(emnist_count, len(split.labels), size, generator=generator)
         rows = torch.cat([extra_rows, rows], dim=1)
@@ -343,7 +382,7 @@ def draw_epoch(split: Split, epoch: int, config: Config) -> Tensor:
 
 
 def batches(split: Split, step: int, config: Config, machine: Machine) -> Iterator[tuple]:
-    """Yield what is left of the training at `step`: images (B + outliers, 1, 28, 28), labels (B,).
+    """Yield the batches from `step` on: images (B + outliers, 1, 28, 28) and labels (B,).
 
     The rows of a batch are extra images, EMNIST's, and outliers, which have no labels. The first
     half of the labelled ones is augmented, so that all extra images are, the second half is not.
@@ -352,34 +391,33 @@ def batches(split: Split, step: int, config: Config, machine: Machine) -> Iterat
     on the CPU, with the same dropout.
     """
     chunk_steps = CHUNK_STEPS if machine.device.type == "cuda" else 1
-    per_epoch = len(draw_epoch(split, 0, config))
+    per_epoch = steps_per_epoch(split, config)
     for epoch in range(step // per_epoch, config.epochs):
         order = draw_epoch(split, epoch, config)[:, machine.rank :: machine.world]
         order = order.to(machine.device)
-        for first in range(0, per_epoch, chunk_steps):
+        start = max(0, step - epoch * per_epoch)
+        for first in range(start - start % chunk_steps, per_epoch, chunk_steps):
             rows = order[first : first + chunk_steps]  # (steps, B)
-            done = max(0, step - epoch * per_epoch - first)  # batches taken before a resume
-            if done >= len(rows):
-                continue
             torch.manual_seed(hash((config.seed, machine.rank, epoch, first)))
             labels = split.labels[rows]
-            images = make_batches(split.images[rows], labels, config)
-            for i in range(done, len(rows)):
+            images = make_batches(split.images[rows], labels, config.augment, config.outliers)
+            for i in range(max(0, start - first), len(rows)):
                 yield images[i].contiguous(memory_format=torch.channels_last), labels[i]
 
 
-def make_batches(images: Tensor, labels: Tensor, config: Config) -> Tensor:
+def make_batches(images: Tensor, labels: Tensor, names: str, outlier_fraction: float) -> Tensor:
     """Augment the first half of some batches and append outliers to them.
 
-    images: (S, B, 28, 28) uint8 of S batches; labels: (S, B). Returns (S, B + outliers, 1, 28, 28)
-    in [0, 1]. The second half stays as it is: there the net may use what the augmentations destroy,
-    the small differences between the 0 and the O of EMNIST's writers.
+    images: (S, B, 28, 28) uint8 of S batches; labels: (S, B); names: of the augmentations. Returns
+    (S, B + outliers, 1, 28, 28) in [0, 1]. The second half stays as it is: there the net may use
+    what the augmentations destroy, the small differences between the 0 and the O of EMNIST's
+    writers.
     """
     steps, size = labels.shape
     images = images.unsqueeze(2).float() / 255  # (S, B, 1, 28, 28)
-    augmented = augment(images[:, : size // 2].flatten(0, 1), config.augment)
+    augmented = augment(images[:, : size // 2].flatten(0, 1), names)
     parts = [augmented.unflatten(0, (steps, -1)), images[:, size // 2 :]]
-    count = round(size * config.outliers)
+    count = round(size * outlier_fraction)
     if count:
         outliers = make_outliers(images.flatten(0, 1), labels.flatten(), steps * count)
         # The outliers come kind by kind: the i-th goes to batch i % steps, so each has every kind
@@ -387,8 +425,8 @@ def make_batches(images: Tensor, labels: Tensor, config: Config) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-# Augmentations: pure functions of images (N, 1, 28, 28) in [0, 1] to as many of the same form.
-# To add one: write it here and name it in AUGMENTATIONS and, for the default, in Config.augment
+# Augmentations: pure functions of images (N, 1, 28, 28) in [0, 1] to as many of the same form. To
+# add one, write it here and name it in AUGMENTATIONS and, for the default, in Config.augment
 
 # How far they go, chosen on validation and on the field sets together
 WARP_ANGLE = math.radians(15)
@@ -486,7 +524,7 @@ def augment(images: Tensor, names: str) -> Tensor:
 # Outliers: images of what is no character
 
 PEN_WIDTH = 2.3  # px, of EMNIST's strokes, the median
-# They are made of two characters of different shapes: an E over an F is an E. The first group,
+# They are made of two characters of different shapes: an E over an F is an E. The first shape,
 # lines, is left out: beside or over another character they make a third.
 SHAPES = ["1IL", "0OQDCG6", "2Z79AJTY4X", "5S8B3", "EFPRKH", "UVWMN"]
 
@@ -496,18 +534,11 @@ def make_outliers(images: Tensor, labels: Tensor, count: int) -> Tensor:
 
     Source: outlier exposure, Hendrycks et al. 2019, arXiv 1812.04606.
     """
-    device = images.device
-    # Draw pairs of characters; a fifth of them goes into each kind of outlier
-    shape_of = torch.empty(len(ALPHABET), dtype=torch.int64)
-    for shape, characters in enumerate(SHAPES):
-        shape_of[[ALPHABET.index(character) for character in characters]] = shape
-    shapes = shape_of.to(device)[labels]  # (N,)
-    some = 1e-9  # weight of what does not fit, for small batches in which nothing does
-    rows = torch.multinomial((shapes > 0) + some, count, replacement=True)
-    fitting = (shapes[rows, None] != shapes) & (shapes > 0)  # (count, N)
-    other_rows = torch.multinomial(fitting + some, 1).squeeze(1)
+    # A fifth of the pairs goes into each kind of outlier
+    rows, other_rows = draw_pairs(labels, count)
     left, under, before, whole, _ = images[rows].tensor_split(5)
     right, over, after, _, empty = images[other_rows].tensor_split(5)
+    device = images.device
 
     # Two side by side: bold ones, narrowed
     height = 0.45 + 0.3 * torch.rand(len(left), 1, 1, device=device)
@@ -530,6 +561,31 @@ def make_outliers(images: Tensor, labels: Tensor, count: int) -> Tensor:
     curve = F.interpolate(points, (1, 48), mode="bicubic").squeeze(2)  # (N, 2, 48)
     scribble = draw_strokes(curve.transpose(1, 2))
     return torch.cat([beside, overwritten, cropped, struck_out, scribble])
+
+
+def draw_pairs(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Draw pairs of characters of different shapes, no lines: two tensors of rows, (count,) each.
+
+    Sorted by shape, the characters that are no lines make a ring. From where the stretch of one's
+    own shape ends, round to where it begins, are those that it may be paired with. Where there are
+    none, as in a small batch of one shape, any is taken.
+    """
+    device = labels.device
+    shape_of = torch.empty(len(ALPHABET), dtype=torch.int64)
+    for shape, characters in enumerate(SHAPES):
+        shape_of[[ALPHABET.index(character) for character in characters]] = shape
+    shapes = shape_of.to(device)[labels]  # (N,)
+    order = shapes.argsort(stable=True)  # lines first
+    counts = (shapes[:, None] == torch.arange(len(SHAPES), device=device)).sum(0)
+    lines = counts[0]
+    ring = (len(labels) - lines).clamp(min=1)
+    ends = counts.cumsum(0) - lines  # places on the ring
+    place = (torch.rand(count, device=device) * ring).long()
+    rows = order[(lines + place) % len(labels)]
+    own = shapes[rows]
+    onward = (torch.rand(count, device=device) * (ring - counts[own])).long()
+    other_place = (ends[own] + onward) % ring
+    return rows, order[(lines + other_place) % len(labels)]
 
 
 def squeeze(images: Tensor, width: float, height: Tensor | float, shift: Tensor | float) -> Tensor:
@@ -692,8 +748,8 @@ def load_checkpoint(state: State, path: Path, device: torch.device) -> None:
             if settings.get(name) != value
         ]
         if changed:
-            what = f"--resume: {path} was made with"
-            fail(what, ", ".join(changed), "pass the same settings and files")
+            remedy = "pass the same settings and files"
+            fail(f"--resume: {path} was made with", ", ".join(changed), remedy)
         for name in ("net", "average", "optimizer"):
             getattr(state, name).load_state_dict(content.pop(name))
     except Exception as error:  # whatever reading damaged bytes may raise
@@ -713,50 +769,45 @@ class Log:
     """A run at Weights & Biases; where it is off, or has failed, nothing is done."""
 
     def __init__(self, config: Config, enabled: bool, run_id: str | None) -> None:
-        """Start a run as WANDB_MODE says, otherwise online if a key is known, or offline."""
         self.run = None
-        if not enabled:
-            return
-        with self.give_up_on_errors():
-            import wandb  # takes a second, and not everyone has it
+        if enabled:
+            with self.give_up_on_errors():
+                self.start(config, run_id)
 
-            start = partial(
-                wandb.init,
-                project=os.environ.get("WANDB_PROJECT", "emnist"),
-                id=run_id,
-                resume="allow",
-                config={name: str(value) for name, value in asdict(config).items()},
-                settings=wandb.Settings(silent=True, console="off", init_timeout=LOG_PATIENCE),
-            )
-            if "WANDB_MODE" in os.environ or wandb.login(prompt=False, verify=False):
-                try:
-                    self.run = start()
-                except Exception as error:  # of the network, the server, the key
-                    say(f"warning: wandb: {first_line(error)}: logging offline")
-            self.run = self.run or start(mode="offline")
-            sync = f"offline; send it with: wandb sync {Path(self.run.dir).parent}"
-            say(f"wandb: logging {sync if self.run.offline else self.run.url or 'nothing'}")
+    def start(self, config: Config, run_id: str | None) -> None:
+        """Start a run as WANDB_MODE says, otherwise online if a key is known, or offline."""
+        import wandb  # takes a second, and not everyone has it
+
+        init = partial(
+            wandb.init,
+            project=os.environ.get("WANDB_PROJECT", "emnist"),
+            id=run_id,
+            resume="allow",
+            config={name: str(value) for name, value in asdict(config).items()},
+            settings=wandb.Settings(silent=True, console="off", init_timeout=LOG_PATIENCE),
+        )
+        mode = os.environ.get("WANDB_MODE")
+        try:
+            if mode or wandb.login(prompt=False, verify=False):
+                self.run = init()
+        except (Exception, SystemExit) as error:  # of the network, the server, the key, the mode
+            where = f"WANDB_MODE {mode}: " if mode else ""
+            say(f"warning: wandb: {where}{first_line(error)}: logging offline")
+        self.run = self.run or init(mode="offline")
+        sync = f"offline; send it with: wandb sync {Path(self.run.dir).parent}"
+        say(f"wandb: logging {sync if self.run.offline else self.run.url or 'nothing'}")
 
     def write(self, values: dict[str, float], step: int) -> None:
         if self.run:
             with self.give_up_on_errors():
                 self.run.log(values, step)
 
-    def finish(self, metrics: dict, labels: Tensor, answers: Tensor, weights: Path) -> None:
-        """Log the metrics of test, the confusions and the weights; wait until all is sent."""
-        if not self.run:
-            return
-        with self.give_up_on_errors():
-            import wandb
-
-            self.run.summary.update({f"test/{name}": value for name, value in metrics.items()})
-            plot = wandb.plot.confusion_matrix
-            chart = plot(None, labels.tolist(), answers.tolist(), list(ALPHABET))
-            self.run.log({"test/confusion": chart})
-            artifact = wandb.Artifact("emnist-cnn", type="model")
-            artifact.add_file(str(weights), name="model.pt")
-            self.run.log_artifact(artifact)
-            self.run.finish()
+    def finish(self, metrics: dict[str, float]) -> None:
+        """Log the metrics of test and wait until all is sent."""
+        if self.run:
+            with self.give_up_on_errors():
+                self.run.summary.update({f"test/{name}": value for name, value in metrics.items()})
+                self.run.finish()
 
     @contextmanager
     def give_up_on_errors(self) -> Iterator[None]:
@@ -797,28 +848,38 @@ def noted_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def make_bar(steps: int, done: int, config: Config, machine: Machine) -> tqdm:
+    """Return a bar that counts images, on the first rank's stderr where that is a terminal."""
+    size = config.batch_size
+    columns = shutil.get_terminal_size().columns  # 80 in a terminal that says 0
+    hidden = True if machine.rank > 0 else None
+    counted = {"total": steps * size, "initial": done * size, "unit": " images"}
+    return tqdm(**counted, unit_scale=True, ncols=columns, disable=hidden)
+
+
 def learn(
     state: State, training: Split, validation: Split, config: Config, machine: Machine, log: Log
 ) -> None:
-    """Train to the end, or to a signal: KeyboardInterrupt with its number, a checkpoint saved."""
-    per_epoch = len(draw_epoch(training, 0, config))
+    """Train to the end, or to a signal: KeyboardInterrupt with its number, a checkpoint saved.
+
+    Raises FloatingPointError when the loss is no number any more.
+    """
+    per_epoch = steps_per_epoch(training, config)
     steps = per_epoch * config.epochs
     compute_loss = make_loss(state.net, config, machine)
     averaged = [x for x in state.average.state_dict().values() if x.is_floating_point()]
     current = [x for x in state.net.state_dict().values() if x.is_floating_point()]
-    hidden = True if machine.rank > 0 else None  # None: where stderr is no terminal
-    bar = tqdm(total=steps, initial=state.step, disable=hidden)
+    bar = make_bar(steps, state.step, config, machine)
     saved = time.monotonic()
     epoch_began = time.monotonic()
     epoch_first_step = state.step
     with noted_signals() as noted:
         for images, labels in batches(training, state.step, config, machine):
             # Take a step
-            rate = learning_rate(state.step, steps, config)
             for group in state.optimizer.param_groups:
-                group["lr"] = rate
-            loss = compute_loss(images, labels)
+                group["lr"] = learning_rate(state.step, steps, config)
             state.optimizer.zero_grad(set_to_none=True)
+            loss = compute_loss(images, labels)
             loss.backward()
             state.optimizer.step()
             state.loss += loss.detach()
@@ -826,17 +887,18 @@ def learn(
 
             # Let the average follow: faster in the first steps, so that it forgets the start
             decay = min(config.ema, state.step / (state.step + 10))
-            torch._foreach_lerp_(averaged, current, 1 - decay)
+            get_ema_multi_avg_fn(decay)(averaged, current, state.step)
 
             # Report
-            bar.update()
+            bar.update(config.batch_size)
             ended = state.step % per_epoch == 0
             if ended or state.step % REPORT_STEPS == 0:
                 value = loss.item()  # waits for the device
-                log.write({"train/loss": value, "lr": rate}, state.step)
+                epoch = math.ceil(state.step / per_epoch)
+                bar.set_description(f"epoch {epoch}/{config.epochs}, loss {value:.3f}", False)
+                log.write({"train/loss": value, "lr": group["lr"]}, state.step)
                 if not math.isfinite(value):
-                    remedy = f"try a lower --lr, without {config.checkpoint}"
-                    fail("the loss is not finite", f"step {state.step}", remedy)
+                    raise FloatingPointError(f"step {state.step}")
 
             # End an epoch
             if ended:
@@ -876,6 +938,7 @@ def finish_epoch(state: State, validation: Split, speed: float, machine: Machine
 
 # The run
 
+SAVE_PATIENCE = 10  # seconds between tries to write the weights
 STATISTICS_IMAGES = 1000  # of each class, un-augmented, EMNIST's; more change nothing
 
 
@@ -913,33 +976,43 @@ def train(config: Config) -> dict:
     # Measure the best epoch, on test once, and write it
     net = state.average
     net.load_state_dict(state.best)
-    drawn = training.labels[draw_epoch(training, 0, config)]
-    net.card.digit_prior = (drawn < CNN.DIGITS).float().mean().item()
     metrics = {"validation": fill_card(net, training, validation, machine)}
     logits, _ = CNN.predict(net, test.images, machine.precision)
     metrics["test"] = CNN.compute_metrics(logits / net.card.temperature, test.labels)
     net.card.metrics = {**metrics, "settings": state.settings}
-    try:
-        CNN.save(net, config.out)
-    except OSError as error:
-        fail(f"--out {config.out}", error, "make room, then --resume writes it")
+    save_weights(net, config)
     config.checkpoint.unlink(missing_ok=True)
-    log.finish(metrics["test"], test.labels, logits.argmax(1), config.out)
+    log.finish(metrics["test"])
     confusion = CNN.count_confusions(logits, test.labels).tolist()
     return {**metrics, "history": state.history, "confusion": confusion}
+
+
+def save_weights(net: Net, config: Config) -> None:
+    """Write the weights; where that fails, try again until it succeeds or a signal comes."""
+    warned = False
+    while True:
+        try:
+            return CNN.save(net, config.out)
+        except OSError as error:
+            if not warned:
+                say(f"warning: --out {config.out}: {error.strerror}: make room; it is tried again")
+            warned = True
+            time.sleep(SAVE_PATIENCE)
 
 
 def fill_card(net: Net, training: Split, validation: Split, machine: Machine) -> dict[str, float]:
     """Calibrate the net and describe it on its card; return its metrics on validation.
 
-    The bias is added to the last layer's. On the card go the temperature, the lookalikes, both of
-    validation, and the class statistics, of EMNIST's training images; where extra images have
-    writers, with a basis.
+    The bias is added to the last layer's. On the card go the temperature, the digit prior and the
+    lookalikes, all of validation, and the class statistics, of EMNIST's training images; where
+    extra images have writers, with a basis.
     """
     logits, features = CNN.predict(net, validation.images, machine.precision)
     net.card.temperature, bias = CNN.calibrate(logits, validation.labels)
     net.fc2.bias.data += bias
     logits += bias
+    digits = (validation.labels < CNN.DIGITS).sum().item()
+    net.card.digit_prior = (digits + 1) / (len(logits) + 2)  # above 0 in any validation, below 1
     net.card.lookalikes = CNN.find_lookalikes(CNN.count_confusions(logits, validation.labels))
     labels = training.labels[: len(training.labels) - training.extra_count]
     per_class = [(labels == i).nonzero()[:STATISTICS_IMAGES, 0] for i in range(len(ALPHABET))]
@@ -983,6 +1056,8 @@ def main(argv: list[str] | None = None) -> int:
         if config.checkpoint.exists():
             say("stopped at your request; go on with the same command and --resume")
         return 128 + (stop.args[0] if stop.args else signal.SIGINT)
+    except FloatingPointError as error:
+        fail("the loss is not finite", error, f"try a lower --lr, without {config.checkpoint}")
     except torch._dynamo.exc.TorchDynamoException as error:  # such as no C++ compiler there
         fail("the step can't be compiled", error, "try --no-compile")
     except (MemoryError, RuntimeError) as error:
@@ -990,8 +1065,12 @@ def main(argv: list[str] | None = None) -> int:
             raise
         fail("out of memory", error, "free some, or try a smaller --batch-size")
     if results:
-        print(format_results(results), flush=True)
         say(f"wrote {config.out}")
+        try:
+            print(format_results(results), flush=True)
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python will flush stdout once more
+            fail("stdout", error, f"the metrics are in {config.out}, too")
     return 0
 
 

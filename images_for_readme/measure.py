@@ -27,6 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 MERGED = str.maketrans("OIL", "011")  # what nobody can tell apart alone
 SCORES = ("accuracy", "alike", "alphabet")
 CLASSIFY = """import inference, json, sys
+from images_for_readme import original
+original.register()
 for arguments in json.load(sys.stdin):
     if inference.main(arguments) > 1:  # 1: some pictures have no answer
         sys.exit("inference.py has failed")

@@ -28,12 +28,13 @@ import torch
 
 import CNN
 import train
-from images_for_readme import drawings, tables
+from images_for_readme import drawings, original, tables
 from images_for_readme.measure import PARTS, ROOT
 
 HERE = Path(__file__).resolve().parent
 RECORDS = HERE / "runs.jsonl"
 PAGES = (ROOT / "README.md", HERE / "README.md")
+original.register()
 
 # Records
 

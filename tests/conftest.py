@@ -5,7 +5,9 @@ import os
 import resource
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,10 +20,11 @@ import CNN
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # quickest for so little, several at a time
 ROOT = Path(__file__).resolve().parent.parent
-SHORT = ["--arch", "run1", "--batch-size", "16", "--epochs", "3", "--warmup", "5"]
+CNN.ARCHITECTURES["tiny"] = partial(CNN.two_blocks, 16, 32, 64)  # learns in a second
+SHORT = ["--arch", "tiny", "--batch-size", "16", "--epochs", "3", "--warmup", "5"]
 SHORT += ["--device", "cpu", "--no-wandb"]
 FORKS = multiprocessing.get_context("forkserver")  # a process costs a fork, no import of torch
-FORKS.set_forkserver_preload(["train", "pytest"])
+FORKS.set_forkserver_preload(["train", "conftest"])
 os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT}/tests"  # where it finds them
 
 
@@ -52,16 +55,20 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def disk_for() -> Iterator[Callable[[int], None]]:
+def disk_for(monkeypatch) -> Iterator[Callable[[int], None]]:
     """Let no file grow beyond so many bytes, as on a disk that is full."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Python 3.11 would leave bytecode cut short, and fail on it ever after (cpython#126606)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.fixture(autouse=True)
 def undone() -> Iterator[None]:
-    """Put back what train.py sets for its whole process."""
+    """Put back what train.py sets for its whole process; obey Ctrl-C, also in the background."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
     socket.setdefaulttimeout(None)

@@ -15,6 +15,7 @@ from PIL import Image
 
 import CNN
 import inference
+from picture import Features, Reading
 
 USUAL = 240_000 / 364_800  # in training
 
@@ -118,8 +119,8 @@ def write_folder(card: CNN.Card, count: int, fraction: float, z: torch.Tensor) -
     means = card.statistics.means + torch.einsum("k,ckd->cd", z, card.statistics.basis)
     features = means[labels] + torch.randn(count, WIDTH, generator=random)
     log_p = (-torch.cdist(features, card.statistics.means).square() / 2).log_softmax(1)
-    pictures = [inference.Picture(f"{i}.png", in_doubt=False) for i in range(count)]
-    readings = [inference.Reading(np.zeros((28, 28), np.uint8))] * count
+    pictures = [inference.Picture(f"{i}.png") for i in range(count)]
+    readings = [Reading(np.zeros((28, 28), np.uint8), Features())] * count
     seen = inference.Seen(log_p, features)
     return inference.Looked(pictures, readings, torch.arange(count), seen)
 
@@ -152,7 +153,7 @@ def test_a_class_that_does_not_come_moves_as_the_writer_has_it_and_one_picture_m
 def test_blank_and_untypical_readings_take_no_part(card):
     looked = write_folder(card, 200, 1.0, WRITER)
     far = looked.seen._replace(features=looked.seen.features + 100)
-    blank = [inference.Reading(None)] * 200
+    blank = [Reading(None, Features(blank=1.0))] * 200
     before = beforehand(card)
     for empty in (looked._replace(seen=far), looked._replace(readings=blank)):
         assert inference.adapt([empty], before, card) is before
@@ -179,8 +180,9 @@ def test_the_fraction_in_training_is_that_among_allowed_characters(card, allowed
 def test_answers_are_summed_over_readings_and_blank_is_one_of_them(card):
     """By the other route: the sums of one picture at a time, in plain numbers."""
     looked = write_folder(card, 6, 0.5, torch.zeros(3))
-    readings = [reading._replace(penalty=2.0 * i) for i, reading in enumerate(looked.readings)]
-    readings[5] = inference.Reading(None, penalty=-14.0)  # score 0
+    image = looked.readings[0].image
+    readings = [Reading(image, Features(parts_kept=0.5 * i)) for i in range(6)]
+    readings[5] = Reading(None, Features(blank=1.0))
     looked = looked._replace(
         pictures=looked.pictures[:2], readings=readings, owners=torch.tensor([0, 1, 0, 0, 1, 1])
     )
@@ -189,10 +191,11 @@ def test_answers_are_summed_over_readings_and_blank_is_one_of_them(card):
     scores, p = inference.judge(readings, looked.seen, folder, card)
     for i, picture in enumerate(inference.answer(looked, folder, card, args)):
         own = [row for row in range(6) if looked.owners[row] == i]
-        weights = [math.exp(inference.SCORE_SCALE * scores[row]) for row in own]
+        weights = [math.exp(scores[row]) for row in own]
         sums = sum(weight * p[row] for weight, row in zip(weights, own, strict=True)) / sum(weights)
-        if sums.argmax() == 36:
+        if sums[36] >= 0.5:
             assert picture.error == inference.BLANK
+            assert picture.confidence == pytest.approx(sums[36].item())
             continue
         found = {picture.character: picture.confidence, **dict(picture.alternatives)}
         expected = dict(zip(CNN.ALPHABET, sums.tolist(), strict=False))

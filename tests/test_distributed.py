@@ -18,7 +18,22 @@ from train import Config, Machine, Split
 
 MACHINES = [Machine(torch.device("cpu"), torch.float32, rank, 2) for rank in range(2)]
 ALONE = MACHINES[0]._replace(world=1)
-CONFIG = Config(arch="run1", batch_size=16, epochs=12, warmup=5, outliers=0.25)  # 96 steps
+CONFIG = Config(arch="tiny", batch_size=16, epochs=12, warmup=5, outliers=0.25)  # 96 steps
+
+
+def under_torchrun(tmp_path_factory: pytest.TempPathFactory, *flags: object) -> list[str]:
+    """Return the command that runs train.py, with the tests' net, in two ranks."""
+    script = tmp_path_factory.mktemp("script") / "train_tiny.py"
+    script.write_text("import sys, conftest, train\nsys.exit(train.main())\n")
+    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return [sys.executable, *ranks, str(script), *SHORT, *map(str, flags)]
+
+
+def test_what_ends_both_ranks_is_said_once(tmp_path, tmp_path_factory):
+    command = under_torchrun(tmp_path_factory, "--init", "absent", "--out", tmp_path / "model.pt")
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 1
+    assert ended.stderr.count("train.py: error: --init: ") == 1
 
 
 def train_by_hand(split: Split, steps: int) -> dict[str, torch.Tensor]:
@@ -44,12 +59,13 @@ def train_by_hand(split: Split, steps: int) -> dict[str, torch.Tensor]:
     return state.net.state_dict()
 
 
-def test_two_ranks_share_the_work_and_the_first_writes_also_when_stopped(tiny_emnist, tmp_path):
+def test_two_ranks_share_the_work_and_the_first_writes_also_when_stopped(
+    tiny_emnist, tmp_path, tmp_path_factory
+):
     flags = ["--epochs", "12", "--precision", "float32", "--outliers", "0.25"]
     flags += ["--data", tiny_emnist, "--out", tmp_path / "model.pt"]
-    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command, pipe = [sys.executable, *ranks, train.__file__, *SHORT, *flags], subprocess.PIPE
-    stopped = subprocess.Popen(list(map(str, command)), stdout=pipe, stderr=pipe, text=True)
+    command, pipe = under_torchrun(tmp_path_factory, *flags), subprocess.PIPE
+    stopped = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
     for line in stopped.stderr:
         if line.startswith("epoch 1/12"):
             break
@@ -102,5 +118,5 @@ def test_ranks_share_each_batch_of_one_process(tiny_emnist, monkeypatch):
         assert torch.equal(labels[::2], first_labels)
         assert torch.equal(labels[1::2], second_labels)
     monkeypatch.setattr(train.dist, "barrier", lambda: None)
-    with pytest.raises(SystemExit, match="--batch-size 15: 2 processes"):
+    with pytest.raises(SystemExit, match="--batch-size 15: 2 ranks"):
         train.load_splits(Config(batch_size=15, data=tiny_emnist), MACHINES[0])

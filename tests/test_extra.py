@@ -40,7 +40,7 @@ def split_of(count: int) -> train.Split:
 
 def test_folders_are_read_fitted_and_appended(pictures, capsys):
     both = train.add_extra(split_of(50), train.list_extra(pictures))
-    assert both.extra == 7
+    assert both.extra_count == 7
     assert [CNN.ALPHABET[i] for i in both.labels[50:].tolist()] == list("777AAQQ")
     assert both.images[50:].amax((1, 2)).tolist() == [255] * 7  # fitted: ink 255 on 0
     assert both.images[50:, 0].max() == 0
@@ -49,20 +49,12 @@ def test_folders_are_read_fitted_and_appended(pictures, capsys):
     assert len(said.splitlines()) == 1
 
 
-def test_corrections_of_the_report_are_taken_as_well(tmp_path):
-    table = tmp_path / "corrections.csv"
-    table.write_text("path,character\nA/0.png,b\n7/4.png,1\n")
-    labelled = train.list_extra(table)
-    assert [(path, CNN.ALPHABET[i]) for path, i in labelled] == [("A/0.png", "B"), ("7/4.png", "1")]
-
-
 @pytest.mark.parametrize(
     ("content", "found"),
     [
-        (b"path,character\na.png,A\nb.png\n", "b.png: '' is no class: name it 0-9 or A-Z"),
         (b"path;character\na.png;A\n", "no column 'path': give a csv, by comma, in UTF-8, "),
         ("path,character\na.png,A\n".encode("utf-16"), "no column 'path': give a csv, "),
-        (b"", "no pictures: "),
+        (b"", "no pictures of a class: "),
     ],
 )
 def test_corrections_edited_by_hand_are_told_by_what_is_wrong(run_train, tmp_path, content, found):
@@ -73,20 +65,52 @@ def test_corrections_edited_by_hand_are_told_by_what_is_wrong(run_train, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["AB", "Ä", ""])
-def test_folders_that_are_no_class_or_hold_nothing_end_it_with_the_layout(tmp_path, name):
+def test_folders_of_no_class_or_nothing_end_it_with_the_layout(tmp_path, name):
     if name:
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.png").write_bytes(b"")
-    message = "is no class: name it 0-9 or A-Z" if name else "no pictures: put them into"
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(SystemExit, match="no pictures of a class: put them into folders, as in A/"):
         train.list_extra(tmp_path)
 
 
-def test_what_is_hidden_in_folders_is_passed_over(tmp_path):
-    for name in (".git/HEAD", "A/.DS_Store", "A/x.png"):
+def test_what_is_hidden_or_no_class_is_passed_over_and_the_latter_named_once(tmp_path, capsys):
+    names = (
+        ".git/HEAD",
+        "A/.DS_Store",
+        "A/x.png",
+        "__MACOSX/A",
+        "B\x1b[2J/1.png",
+        "B\x1b[2J/2.png",
+    )
+    for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    assert train.list_extra(tmp_path) == [(str(tmp_path / "A" / "x.png"), 10)]
+    assert train.list_extra(tmp_path) == [(str(tmp_path / "A" / "x.png"), 10, "")]
+    said = capsys.readouterr().err
+    listed = r"'B\x1b[2J' (2), '__MACOSX' (1)"
+    assert said == f"--extra {tmp_path}: passed over, as no class of 0-9 and A-Z: {listed}\n"
+
+
+def test_when_nothing_can_be_read_it_ends_and_no_name_commands_the_terminal(tmp_path, capsys):
+    bad = tmp_path / "\x1b[2J.png"
+    bad.write_bytes(b"no picture")
+    with pytest.raises(SystemExit, match="none of its pictures can be read"):
+        train.add_extra(split_of(2), [(str(bad), 3, "")])
+    said = capsys.readouterr().err
+    assert r"\x1b[2J.png: not a picture" in said
+    assert said.strip().isprintable()
+
+
+def test_corrections_of_the_report_also_from_windows_or_of_empty_cells(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scans").mkdir()
+    (tmp_path / "scans" / "a.png").touch()
+    (tmp_path / r"b\c.png").touch()  # so named on this computer
+    Path("table.csv").write_text("path,character\nscans\\a.png,A\nb\\c.png,c\nd.png,\ne.png\n")
+    assert train.list_extra(Path("table.csv")) == [("scans/a.png", 10, ""), (r"b\c.png", 12, "")]
+    assert capsys.readouterr().err.endswith("no class of 0-9 and A-Z: '' (2)\n")
 
 
 def test_corrections_are_not_replaced_by_the_weights(run_train, tmp_path):
@@ -97,13 +121,8 @@ def test_corrections_are_not_replaced_by_the_weights(run_train, tmp_path):
     assert table.read_text() == "path,character\na.png,A\n"
 
 
-def test_a_folder_of_which_nothing_can_be_read_ends_it(tmp_path):
-    with pytest.raises(SystemExit, match="none of its pictures can be read"):
-        train.add_extra(split_of(2), [(str(tmp_path / "absent.png"), 3)])
-
-
 def test_each_batch_begins_with_its_fraction_of_extra_pictures(config):
-    split = split_of(110)._replace(extra=10)
+    split = split_of(110)._replace(writers=("",) * 10)
     config = replace(config, extra_fraction=0.25)
     rows = train.draw_epoch(split, 0, config)
     assert rows.shape == (100 // (BATCH - 6), BATCH)
@@ -117,7 +136,7 @@ def test_each_batch_begins_with_its_fraction_of_extra_pictures(config):
 
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_every_rank_has_its_part_of_the_extra_pictures(config, world):
-    split = split_of(110)._replace(extra=10, labels=torch.arange(110))
+    split = split_of(110)._replace(writers=("",) * 10, labels=torch.arange(110))
     config = replace(config, extra_fraction=0.25, augment="none", outliers=0)
     alone = next(train.batches(split, 0, config, CPU))[1]
     parts = []
@@ -140,9 +159,10 @@ def test_init_starts_from_a_file_and_learns_the_extra(config, pictures, tmp_path
     net = CNN.load(config.out)
     assert net.card.arch == start.card.arch
     assert results["test"]["accuracy"] > 60  # hardly moved by one epoch at this rate
-    labels = train.read_emnist(config.data, train=True).labels
-    prior = (labels < 10).float().mean() * 0.75 + 3 / 7 * 0.25
-    assert net.card.digit_prior == pytest.approx(prior.item(), abs=0.08)
+    both = train.read_emnist(config.data, train=True)
+    validation = both.labels[train.held_out(both.images)]  # where probabilities are calibrated
+    prior = ((validation < 10).sum().item() + 1) / (len(validation) + 2)
+    assert net.card.digit_prior == pytest.approx(prior)
     assert net.card.credit == f"{start.card.credit}; Somebody's hands"
 
 

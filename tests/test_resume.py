@@ -150,7 +150,7 @@ def test_damaged_checkpoint_is_named_and_stays(run_train, interrupted, tmp_path)
     flipped = whole[:half] + bytes([whole[half] ^ 1]) + whole[half + 1 :]
     for damaged in (b"", b"not a checkpoint", whole[:half], whole[:5439], flipped, "weights"):
         if damaged == "weights":
-            CNN.save(CNN.Net("run1"), interrupted)
+            CNN.write_atomically({"state_dict": {}}, interrupted)
         else:
             interrupted.write_bytes(damaged)
         error = run_train("--resume").error
@@ -163,9 +163,9 @@ def test_other_settings_other_data_and_a_training_anew_are_refused(
     run_train, interrupted, tmp_path
 ):
     before, made = interrupted.read_bytes(), f"--resume: {interrupted} was made with: "
-    error = run_train("--resume", "--lr", 0.01, "--arch", "run7").error
+    error = run_train("--resume", "--lr", 0.01, "--arch", "large").error
     assert (
-        error == f"{made}arch run1, not run7, lr 0.003, not 0.01: pass the same settings and files"
+        error == f"{made}arch tiny, not large, lr 0.003, not 0.01: pass the same settings and files"
     )
     more = strokes.write_tiny_emnist(tmp_path / "more", per_class=6)
     assert run_train("--resume", "--data", more).error.startswith(f"{made}pictures 138, not ")

@@ -39,7 +39,7 @@ def test_without_a_key_the_real_log_is_offline_and_whole(run_train, tmp_path, mo
     data = b"".join(data[i + header : i + block] for i in range(0, len(data), block))
     test = CNN.load(tmp_path / "model.pt").card.metrics["test"]
     names = [f"{part}/{name}" for part in ("val", "test") for name in test]
-    words = ("train/loss", "lr", "test/confusion_table", "emnist-cnn", "0.00321")
+    words = ("train/loss", "lr", "0.00321")
     for text in (*words, *names, json.dumps(test["nll"])):
         assert text.encode() in data, text
 
@@ -55,6 +55,30 @@ def test_mode_is_the_users_or_online_with_a_key_or_offline(
         monkeypatch.setenv("WANDB_MODE", mode)
     assert run_train("--wandb", "--epochs", 1).status == 0
     assert fake.init.call_args.kwargs.get("mode") == passed  # None lets WANDB_MODE decide
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "found"),
+    [
+        ("WANDB_API_KEY", "too-short", "API key must"),
+        ("WANDB_MODE", "ofline", "WANDB_MODE ofline: "),
+    ],
+)
+def test_a_malformed_key_or_mode_is_named_and_the_log_offline(
+    run_train, tmp_path, monkeypatch, name, value, found
+):
+    import wandb
+
+    for other in ("HOME", "WANDB_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(other, str(tmp_path))
+    monkeypatch.setenv(name, value)
+    status, _, err = run_train("--wandb", "--epochs", 1)
+    wandb.teardown()
+    assert status == 0
+    warning, line, *_ = err.splitlines()
+    assert warning.startswith("warning: wandb: ")
+    assert found in warning
+    assert line.startswith(f"wandb: logging offline; send it with: wandb sync {tmp_path}/")
 
 
 def test_a_server_that_does_not_answer_leaves_the_log_offline(run_train, fake):
@@ -74,14 +98,14 @@ def test_a_server_that_does_not_answer_leaves_the_log_offline(run_train, fake):
 
 def test_resumed_training_goes_on_with_its_run(run_train, fake, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr(CNN, "save", MagicMock(side_effect=OSError("full")))
-        assert run_train("--wandb").status == 1
+        patched.setattr(CNN, "save", MagicMock(side_effect=KeyboardInterrupt))
+        assert run_train("--wandb").status == 130
     assert fake.init.call_args.kwargs["id"] is None
     assert run_train("--wandb", "--resume").status == 0
     assert fake.init.call_args.kwargs["id"] == "abc"
 
 
-@pytest.mark.parametrize("call", ["import", "login", "init", "log", "log_artifact", "finish"])
+@pytest.mark.parametrize("call", ["import", "login", "init", "log", "finish"])
 def test_failing_wandb_is_one_warning(run_train, fake, tmp_path, monkeypatch, call):
     run, error = fake.init.return_value, RuntimeError("no\nluck")
     fake.login.side_effect = SystemExit("no luck") if call == "login" else None
@@ -94,8 +118,11 @@ def test_failing_wandb_is_one_warning(run_train, fake, tmp_path, monkeypatch, ca
     assert status == 0
     assert CNN.load(tmp_path / "model.pt").card.metrics["test"]["accuracy"] >= 0
     lines = [line for line in err.splitlines() if "warning: " in line or line == "luck"]
-    if call == "init":  # first online, then offline
-        assert lines.pop(0) == "warning: wandb: no: logging offline"
+    if call in ("login", "init"):  # offline is tried then
+        assert lines.pop(0).endswith(": logging offline")
+    if call == "login":
+        assert (lines, fake.init.call_args.kwargs["mode"]) == ([], "offline")
+        return
     (line,) = lines
     assert line.startswith("warning: wandb: ")
     assert line.endswith(": training goes on without its log")
