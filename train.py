@@ -851,10 +851,10 @@ def noted_signals() -> Iterator[list[int]]:
 def make_bar(steps: int, done: int, config: Config, machine: Machine) -> tqdm:
     """Return a bar that counts images, on the first rank's stderr where that is a terminal."""
     size = config.batch_size
-    columns = shutil.get_terminal_size().columns  # 80 in a terminal that says 0
+    columns, lines = shutil.get_terminal_size()  # 80 and 24 in a terminal that says 0 and 0
     hidden = True if machine.rank > 0 else None
     counted = {"total": steps * size, "initial": done * size, "unit": " images"}
-    return tqdm(**counted, unit_scale=True, ncols=columns, disable=hidden)
+    return tqdm(**counted, unit_scale=True, ncols=columns, nrows=lines, disable=hidden)
 
 
 def learn(
@@ -876,8 +876,9 @@ def learn(
     with noted_signals() as noted:
         for images, labels in batches(training, state.step, config, machine):
             # Take a step
+            lr = learning_rate(state.step, steps, config)
             for group in state.optimizer.param_groups:
-                group["lr"] = learning_rate(state.step, steps, config)
+                group["lr"] = lr
             state.optimizer.zero_grad(set_to_none=True)
             loss = compute_loss(images, labels)
             loss.backward()
@@ -896,7 +897,7 @@ def learn(
                 value = loss.item()  # waits for the device
                 epoch = math.ceil(state.step / per_epoch)
                 bar.set_description(f"epoch {epoch}/{config.epochs}, loss {value:.3f}", False)
-                log.write({"train/loss": value, "lr": group["lr"]}, state.step)
+                log.write({"train/loss": value, "lr": lr}, state.step)
                 if not math.isfinite(value):
                     raise FloatingPointError(f"step {state.step}")
 
