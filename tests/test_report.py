@@ -31,6 +31,7 @@ NAMES = (
     "\udcff.png",
     "O.png",
     *(f"{truth}/{i}.png" for i in range(3) for truth in "0Oa"),  # one of three is right
+    *(f"rows/{form}_{cell}.png" for form in range(10, 15) for cell in range(2)),
 )
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 TEMPLATE = Path(inference.__file__).with_name("report.html")
@@ -107,8 +108,9 @@ def test_the_page_fetches_nothing_and_no_name_leaves_its_string(page):
 
 ACTIONS = """<script>
 const log = { images: document.querySelectorAll("main img").length }, saved = []
-const note = name => log[name] = [list.children.length, get("count").textContent,
-  [...list.children].indexOf(document.activeElement), get("right").textContent]
+const cards = () => [...list.querySelectorAll("article")]
+const note = name => log[name] = [cards().length, get("count").textContent,
+  cards().indexOf(document.activeElement), get("right").textContent]
 const press = keys => {
   for (const key of keys) document.activeElement.dispatchEvent(
     new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true }))
@@ -118,25 +120,39 @@ const choose = (id, key, value) => {
   get(id).dispatchEvent(new Event("input", { bubbles: true }))
 }
 
-press(["j"]), note("j"), press(["j"]), note("jj"), press(["k"]), note("jjk")
-press(["a"]), note("a")
+const left = () => +get("count").textContent.match(/(\\d+) unchecked/)[1]
+const word = i => list.querySelectorAll(".answer")[i].textContent
+
+press(["Enter"]), note("1"), press(["ArrowRight"]), note("2"), press(["ArrowLeft"]), note("1 again")
+press(["/"]), log.filters = document.activeElement.id
 choose("answer", "value", "blank"), note("blank"), choose("answer", "value", ""), note("any")
 choose("alike", "checked", true), note("alike"), choose("alike", "checked", false)
 choose("doubt", "value", 0.6), note("doubt"), choose("doubt", "value", 1)
 choose("wrong", "checked", true), note("wrong"), choose("wrong", "checked", false)
 log.mixed = [...get("mixed").children].map(button => button.textContent)
 get("mixed").children[0].click(), note("pair"), get("mixed").children[0].click(), note("no pair")
-choose("order", "value", "shown"), note("order"), choose("order", "value", "confidence")
-press(["Escape", "Enter", "Enter"]), log.disabled = get("save").disabled  // two without an answer
-press(["Enter"]), note("Enter")  // the third is confirmed
-press(["c", "Shift", "x", "j", "c", "Escape", "j", "c"])
-list.children[6].querySelector("b").click(), press(["7"])
-log.cards = [...list.querySelectorAll("article")].map(card => card.textContent)
+const inRows = order => {
+  choose("order", "value", order), note(order)
+  log[order + " rows"] = [...list.querySelectorAll("section")].map(section => [
+    section.querySelector("h2").textContent, section.querySelectorAll("article").length])
+}
+inRows("path"), inRows("form"), choose("order", "value", "doubt")
+log.before = [left(), get("save").disabled]
+choose("answer", "value", "blank"), press(["Escape", "Enter"]), choose("answer", "value", "")
+press(["Escape", "Enter", "Enter", "Enter"]), note("Enter")  // one is a wreck: passed over
+press(["x", "Shift", " ", "7"]), note("typed"), press(["Backspace"]), note("Backspace")
+press(["8"]), log.left = left()
+choose("unchecked", "checked", true), note("unchecked"), choose("unchecked", "checked", false)
+log.cards = cards().map((card, i) => word(i))
 log.unsaved = !dispatchEvent(new Event("beforeunload", { cancelable: true }))
 URL.createObjectURL = blob => (saved.push(blob.text()), "#saved")
 get("save").click(), get("save_all").click(), log.buttons = [
   get("save").textContent, get("save_all").textContent]
 Promise.all(saved).then(tables => {
+  checked.clear(), load(tables[1] + '"no, ""such"" one",A'), get("save").click()
+  log.loaded = [get("loaded").value, left()]
+  return Promise.all([...tables, saved.at(-1)])
+}).then(tables => {
   document.title = JSON.stringify({ ...log, tables, title: document.title })
 })
 </script>"""
@@ -164,10 +180,23 @@ def test_a_browser_shows_all_of_it_and_runs_none_of_the_names(page, seen):
     assert 2 < doubtful < count
     assert seen["title"] == "Characters, most doubtful first"
     assert seen["images"] == count - 1
-    numbers = {"j": count, "blank": 1, "any": count, "alike": alike, "doubt": doubtful}
-    for name, number in (numbers | {"order": count}).items():
-        assert seen[name][:2] == [number, f"{number} of {count} pictures"], name
-    assert [seen[name][2] for name in ("j", "jj", "jjk", "a", "Enter")] == [0, 1, 0, -1, 3]
+    numbers = {"1": count, "blank": 1, "any": count, "alike": alike, "doubt": doubtful}
+    for name, number in (numbers | {"path": count, "form": count}).items():
+        assert seen[name][:2] == [number, f"{number} of {count} pictures, {number} unchecked"], name
+    names = ("1", "2", "1 again", "Enter", "typed", "Backspace")
+    assert [seen[name][2] for name in names] == [0, 1, 0, 3, 6, 5]
+    assert seen["filters"] == "answer"
+
+
+def test_cells_of_a_form_stand_in_a_row_the_most_doubtful_form_first(page, seen):
+    forms = {}
+    for row in entries(page):
+        if "/rows/" in row["shown"]:
+            forms.setdefault(row["shown"].rpartition("_")[0], []).append(row["confidence"])
+    by_path = [row for row in seen["path rows"] if "/rows/" in row[0]]
+    assert by_path == [[form, 2] for form in sorted(forms)]
+    by_doubt = [row for row in seen["form rows"] if "/rows/" in row[0]]
+    assert by_doubt == [[form, 2] for form in sorted(forms, key=lambda form: min(forms[form]))]
 
 
 def test_the_page_knows_what_is_right_by_the_folders_names(page, seen):
@@ -189,28 +218,34 @@ def test_the_page_knows_what_is_right_by_the_folders_names(page, seen):
     assert seen["no pair"][0] == len(entries(page))
 
 
-def test_answers_are_confirmed_corrected_and_saved(page, seen):
+def test_answers_are_confirmed_corrected_saved_and_loaded(page, seen):
     rows = sorted(entries(page), key=lambda row: row["confidence"])
-    assert (seen["disabled"], seen["unsaved"]) == (True, True)
-    assert "confirmed" in seen["cards"][2]
-    assert "corrected" in seen["cards"][3]
-    assert not any(card.startswith("?") for card in seen["cards"])
-    corrections, answers = (list(csv.reader(io.StringIO(t, newline=""))) for t in seen["tables"])
+    count = len(rows)
+    assert (seen["before"], seen["unsaved"]) == ([count, True], True)
+    blank = next(i for i, row in enumerate(rows) if row["error"] == inference.BLANK)
+    wreck = next(i for i, row in enumerate(rows) if row["path"].endswith("wreck.jpg"))
+    confirmed = [i for i in (blank, 0, 1, 2) if i != wreck]
+    told = {i: rows[i]["character"] for i in confirmed} | {3: "X", 4: "", 5: "8"}
+    assert wreck < 3
+    for i, character in told.items():
+        word = "confirmed" if character == rows[i]["character"] else f"{character}corrected"
+        assert (word if character else "empty") in seen["cards"][i]
+    assert seen["left"] == seen["unchecked"][0] == count - len(told)
+    corrections, answers, again = (
+        list(csv.reader(io.StringIO(table, newline=""))) for table in seen["tables"]
+    )
     assert corrections[0] == answers[0] == ["path", "character"]
-    told = {
-        2: rows[2]["character"],
-        3: "X",
-        6: "7",
-    }  # those between were asked for and left as they are
     assert corrections[1:] == [[browsers(rows[i]["path"]), told[i]] for i in told]
-    shown = {rows[i]["path"]: character for i, character in told.items()}
-    expected = [
-        [browsers(row["path"]), shown.get(row["path"], row["character"])]
-        for row in entries(page)
-        if row["character"]
+    characters = {row["path"]: row["character"] for row in rows if row["character"]}
+    characters |= {rows[i]["path"]: character for i, character in told.items()}
+    paths = [row["path"] for row in entries(page) if row["path"] in characters]
+    assert answers[1:] == [[browsers(path), characters[path]] for path in paths]
+    assert again == answers
+    assert seen["loaded"] == [
+        f"{len(paths)} of {len(paths) + 1} lines are of this page",
+        count - len(paths),
     ]
-    assert answers[1:] == expected
-    assert seen["buttons"] == ["Save 3 checked", f"Save all {len(expected)} as shown"]
+    assert seen["buttons"] == [f"Save {len(told)} checked", f"Save all {len(paths)} as shown"]
 
 
 def browsers(path: str) -> str:
