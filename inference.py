@@ -28,11 +28,13 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -64,6 +66,10 @@ class UsageError(Exception):
     """What was asked for can't be done; one line for the user."""
 
 
+class ReaderLeftError(Exception):
+    """Whoever read stdout has seen enough."""
+
+
 class Picture(NamedTuple):
     """A picture, as a worker reads it first; later with an answer."""
 
@@ -89,29 +95,36 @@ class Picture(NamedTuple):
 
 
 FIELDS = Picture._fields[: Picture._fields.index("image")]  # of csv and json
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # of a cell, in spreadsheets
 
 
 def list_pictures(inputs: Iterable[str]) -> tuple[list[str], list[OSError], int]:
     """Return the paths of all pictures, errors of folders, and how many files are passed over.
 
-    A file in `inputs` is always taken, in a folder what has a picture's suffix; a path counts once.
-    A folder's pictures come by name, then its folders, but for links to folders.
-    What is hidden in a folder (.git, macOS's ._scan.png) is passed over and not counted.
+    Files named in `inputs` are taken whatever their suffix; of those in a folder, only files with a
+    picture's suffix. A path counts once. A folder's pictures come by name, then its folders, but
+    for links to folders. What is hidden in a folder (.git, macOS's ._scan.png) is passed over and
+    not counted. No path begins as a spreadsheet's formula: ./ is kept or put in front.
     """
-    paths = []
+    paths: dict[str, str] = {}  # by path without ./
     errors = []
     passed_over = 0
-    for name in dict.fromkeys(PurePath(name).as_posix() for name in inputs):
+    for name in inputs:
+        name = PurePath(name).as_posix()
+        if name.startswith(FORMULA_STARTS):
+            name = f"./{name}"
         if not os.path.isdir(name):
-            paths.append(name)
+            paths.setdefault(name.removeprefix("./"), name)
             continue
         for folder, folders, files in os.walk(name, onerror=errors.append):
             folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
             files = [file for file in files if not file.startswith(".")]
             pictures = sorted(file for file in files if file.lower().endswith(SUFFIXES))
-            paths += [os.path.join(folder, file).removeprefix("./") for file in pictures]
+            for file in pictures:
+                path = os.path.join(folder, file)
+                paths.setdefault(path.removeprefix("./"), path)
             passed_over += len(files) - len(pictures)
-    return list(dict.fromkeys(paths)), errors, passed_over
+    return list(paths.values()), errors, passed_over
 
 
 # Reading, in worker processes
@@ -119,6 +132,7 @@ def list_pictures(inputs: Iterable[str]) -> tuple[list[str], list[OSError], int]
 CHUNK = 64  # pictures that a worker is given at a time
 CHUNKS_AHEAD = 8  # under way for each worker, so that none waits
 WORKER_BYTES = 3 * 2**30  # of address space; a picture just under Pillow's bomb limit takes a third
+RESTARTS = 3  # of the workers, one after another, before it is given up
 THUMBNAIL_SIDE = 96  # px
 
 
@@ -133,13 +147,18 @@ def read_picture(path: str, side: int, thumbnails: bool) -> Picture:
 
 
 def make_thumbnail(picture: Image.Image) -> str:
-    """Return a picture as a data URI, small enough for a page of thousands."""
-    if picture.mode in ("I", "F"):
-        picture = Image.fromarray(to_grey(picture))
-    picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    file = io.BytesIO()
-    picture.save(file, "WEBP", quality=90)
-    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
+    """Return a picture as a data URI, small enough for a page of thousands.
+
+    "" where that fails, which is no reason to lose the answer.
+    """
+    with suppress(Exception):
+        if picture.mode in ("I", "F"):
+            picture = Image.fromarray(to_grey(picture))
+        picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+        file = io.BytesIO()
+        picture.save(file, "WEBP", quality=90)
+        return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
+    return ""
 
 
 def do_all(task: Callable, items: list, timeout: float) -> list:
@@ -162,6 +181,7 @@ def limit_time(seconds: float) -> None:
 
 def confine() -> None:
     """Keep the harm small that a hostile file can do in this process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for those started later, in another's place
     cv2.setNumThreads(1)  # there are workers enough
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libtiff and others print what files tell them to
     warnings.simplefilter("ignore")  # nobody would see them
@@ -177,20 +197,49 @@ class Readers:
 
     def __init__(self, workers: int, args: argparse.Namespace) -> None:
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the workers are enough
-        spawn = multiprocessing.get_context("spawn")
-        self.pool = ProcessPool(workers, initializer=confine, context=spawn)
-        self.pool.schedule(int)  # a first task starts them, while torch is imported
+        self.workers = workers
         self.chunks_ahead = CHUNKS_AHEAD * workers
         self.timeout = args.timeout  # seconds per picture
         self.thumbnails = bool(args.report)
         self.futures: WeakSet[Future] = WeakSet()
+        self.lock = threading.RLock()  # of the pool
+        self.is_stopped = False
+        self.restarts = 0  # since a worker last did its work
+        self.start()
 
-    def stop(self) -> None:
+    def start(self) -> None:
+        """Start the workers in a new pool. Raises UsageError where that can't be done."""
+        spawn = multiprocessing.get_context("spawn")
+        self.pool = ProcessPool(self.workers, initializer=confine, context=spawn)
+        try:
+            with interrupts_ignored():
+                self.pool.schedule(int)  # a first task starts them, while torch is imported
+        except (OSError, RuntimeError) as error:
+            cause = error.__cause__ or error
+            raise UsageError(f"processes that read pictures can't be started: {cause}") from None
+
+    def restart(self) -> None:
+        """Replace the pool, which breaks where a worker dies that has nothing to do."""
+        if self.is_stopped:
+            raise CancelledError
+        self.restarts += 1
+        if self.restarts > RESTARTS:
+            raise UsageError("processes that read pictures die as they start: is memory short?")
+        self.end_pool()
+        self.start()
+
+    def end_pool(self) -> None:
         """End the workers, and the waiting for what they were to do."""
         self.pool.stop()
         self.pool.join()
-        for future in self.futures:
+        for future in list(self.futures):
             future.cancel()
+
+    def stop(self) -> None:
+        """End the workers for good."""
+        with self.lock:
+            self.is_stopped = True
+            self.end_pool()
 
     def read(self, paths: Iterable[str], side: int) -> Iterator[Picture]:
         """Yield the pictures at these paths, in order, with their first readings."""
@@ -212,10 +261,13 @@ class Readers:
         """
         submit = partial(self.schedule, task)
         for chunk, future in in_order(submit, chunks, self.chunks_ahead):
-            error = future.exception()
+            error = self.wait_for(future)
             if error is None:
+                self.restarts = 0
                 for item, result in zip(chunk, future.result(), strict=True):
                     yield item, result, ""
+            elif isinstance(error, (BrokenProcessPool, CancelledError)):  # not by a picture
+                yield from self.call(task, [chunk])
             elif len(chunk) > 1:
                 yield from self.call(task, [[item] for item in chunk])
             elif isinstance(error, TimeoutError):
@@ -229,9 +281,39 @@ class Readers:
         """Have a worker call `task` with each item; the future holds the list of results."""
         each = 0 if len(items) == 1 else self.timeout  # a lone one is ended by the pool's limit
         work = (task, items, each)
-        future = self.pool.schedule(do_all, work, timeout=self.timeout * len(items))
-        self.futures.add(future)
+        timeout = self.timeout * len(items)
+        with self.lock:
+            try:
+                future = self.pool.schedule(do_all, work, timeout=timeout)
+            except RuntimeError:  # it is broken, or stopped
+                self.restart()
+                future = self.pool.schedule(do_all, work, timeout=timeout)
+            self.futures.add(future)
         return future
+
+    def wait_for(self, future: Future) -> BaseException | None:
+        """Return the error of a task when it is done; a pool may break and forget the task."""
+        while True:
+            try:
+                return future.exception(timeout=1)
+            except CancelledError as error:
+                return error
+            except TimeoutError:
+                if not self.pool.active and not future.done():
+                    return BrokenProcessPool()
+
+
+@contextmanager
+def interrupts_ignored() -> Iterator[None]:
+    """Let processes that start meanwhile ignore Ctrl-C, which a terminal sends to all of them."""
+    if threading.current_thread() is not threading.main_thread():  # where it can't be set
+        yield
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def batched(items: Iterable, size: int) -> Iterator[list]:
@@ -585,7 +667,8 @@ def parse_alphabet(text: str, known: str) -> str:
 
     text: characters and ranges such as A-F, in any mixture. Raises ValueError for any not known.
     """
-    parts = [match[0].upper() for match in re.finditer(".-.|.", text, re.DOTALL)]
+    parts = re.findall(".-.|.", text, re.DOTALL)
+    parts = [part.upper() if part.isascii() else part for part in parts]  # not ß to SS
     allowed = set()
     for part in parts:
         allowed |= {character for character in known if part[0] <= character <= part[-1]}
@@ -653,41 +736,82 @@ def partial_of(file: Path) -> str:
     return f"{os.path.realpath(file)}.partial"
 
 
-@contextmanager
-def writing(file: Path | None, head: str, foot: str = "") -> Iterator[TextIO]:
-    """Give a stream to what becomes FILE when all went well, FILE.partial; without FILE, stdout."""
-    where = partial_of(file) if file else 1
-    how = {"encoding": "utf-8", "errors": "surrogateescape", "newline": "", "closefd": bool(file)}
-    with open(where, "w", **how) as stream:
-        stream.write(head)
-        yield stream
-        stream.write(foot)
-    if file:
-        os.replace(where, os.path.realpath(file))
+class Output:
+    """What becomes FILE when all went well, FILE.partial until then; without FILE, stdout.
+
+    It is written without a buffer, so that what is answered is there; `error` says what failed.
+    """
+
+    def __init__(self, file: Path | None, line: Callable[[Picture], str], head: str) -> None:
+        self.file = file
+        self.line = line
+        self.error = ""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
+        self.descriptor = os.open(partial_of(file), flags, 0o666) if file else 1
+        self.write(head)
+
+    def write(self, text: str) -> None:
+        """Write a text, unless a write has failed. Raises ReaderLeftError."""
+        rest = memoryview(text.encode("utf-8", "surrogateescape"))
+        try:
+            while rest and not self.error:
+                rest = rest[os.write(self.descriptor, rest) :]
+        except OSError as error:  # such as a full disk
+            if isinstance(error, BrokenPipeError) and not self.file:
+                raise ReaderLeftError from None
+            shown = escaped(str(self.file)) if self.file else "stdout"
+            self.error = f"{shown}: {error.strerror}"
+
+    def complete(self, foot: str) -> None:
+        """Write the end, and give the file its name."""
+        self.write(foot)
+        if self.file:
+            os.close(self.descriptor)
+        if self.file and not self.error:
+            os.replace(partial_of(self.file), os.path.realpath(self.file))
 
 
 def write(batches: Iterable[list[Picture]], args: argparse.Namespace, total: int) -> Counter[str]:
-    """Write answers as they come, with --format ascii errors to stderr; count their outcomes."""
+    """Write answers as they come, with --format ascii errors to stderr; count their outcomes.
+
+    Where one of two outputs fails, the other is completed. Raises UsageError then.
+    """
     counts: Counter[str] = Counter()
-    with ExitStack() as stack:
-        head = ",".join(FIELDS) + "\n" if args.format == "csv" and args.rank == 0 else ""
-        writers = [(stack.enter_context(writing(args.output, head)), LINES[args.format])]
-        if args.report:
-            top, end, rest = PAGE.read_text("utf-8").partition("null]")
-            page = stack.enter_context(writing(args.report, top, end + rest))
-            writers.append((page, report_row))
-        bar = tqdm(total=total, unit=" pictures", leave=False, dynamic_ncols=True, disable=None)
-        stack.enter_context(bar)
+    head = ",".join(FIELDS) + "\n" if args.format == "csv" and args.rank == 0 else ""
+    outputs = {Output(args.output, LINES[args.format], head): ""}  # what stands at their end
+    if args.report:
+        top, end, rest = PAGE.read_text("utf-8").partition("null]")
+        outputs[Output(args.report, report_row, top)] = end + rest
+    with tqdm(total=total, unit=" pictures", leave=False, dynamic_ncols=True, disable=None) as bar:
         for batch in batches:
-            for stream, line in writers:
-                stream.write("".join(map(line, batch)))
-                stream.flush()
+            for output in outputs:
+                output.write("".join(map(output.line, batch)))
+            if all(output.error for output in outputs):
+                break
             for picture in batch:
                 counts[picture.outcome] += 1
                 if args.format == "ascii" and picture.outcome in ("blank", "unreadable"):
-                    tqdm.write(f"{escaped(picture.path)}: {picture.error}", file=sys.stderr)
+                    say(f"{escaped(picture.path)}: {picture.error}")
             bar.update(len(batch))
+    for output, foot in outputs.items():
+        output.complete(foot)
+    errors = [output.error for output in outputs if output.error]
+    if errors:
+        raise UsageError("; ".join(errors))
     return counts
+
+
+def say(line: str) -> None:
+    """Write a line to stderr; where that fails, as on a full disk, no answer is lost for it."""
+    try:
+        tqdm.write(line, file=sys.stderr)
+    except OSError:
+        sys.stderr = nowhere()
+
+
+def nowhere() -> TextIO:
+    """Return a stream whose text nobody reads."""
+    return os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
 
 
 # The command
@@ -698,7 +822,9 @@ SAMPLE = 1000  # pictures by which the net adapts to the folder, at most
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line; exits with 2 and a message where it is wrong."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores = max(1, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    is_ranked = "TORCHELASTIC_RUN_ID" in os.environ  # schedulers set RANK for their own ends
+    if is_ranked:
+        cores = max(1, (cores or 1) // int(os.environ["LOCAL_WORLD_SIZE"]))
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     model = Path(__file__).with_name("model.pt")
@@ -719,7 +845,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--output", type=Path, metavar="FILE", help="where results go instead of stdout")
     add("--report", type=Path, metavar="FILE", help="a page for going through the pictures by eye")
     add("--batch-size", type=int, default=64, metavar="N", help="of the net [%(default)s]")
-    add("--workers", type=int, default=cores, metavar="N", help="to read [one per core]")
+    add("--workers", type=int, default=cores or 1, metavar="N", help="to read [one per core]")
     add("--timeout", type=float, default=30, metavar="S", help="per picture [%(default)s s]")
     args = parser.parse_args(arguments)
     if not 0 <= args.min_confidence <= 1:
@@ -730,7 +856,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--topk, --batch-size, --workers, --timeout: expected more than 0")
     args.rank = 0
     args.world_size = 1
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # schedulers set RANK for their own ends
+    if is_ranked:
         args.rank = int(os.environ["RANK"])
         args.world_size = int(os.environ["WORLD_SIZE"])
         if not args.output:
@@ -822,23 +948,30 @@ def summarise(counts: Counter[str], passed_over: int, digits: float | None, seco
         words.append(f"about {100 * digits:.0f} % digits")
     total = counts.total()
     rate = f"{total / seconds:,.0f} pictures/s"
-    print(f"{total:,} pictures: {', '.join(words)} ({rate})", file=sys.stderr)
+    say(f"{total:,} pictures: {', '.join(words)} ({rate})")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
 
     def stop(number: int, frame: object) -> None:
+        for each in stopping:
+            signal.signal(each, signal.SIG_IGN)  # once is enough: the end is not stopped
         raise KeyboardInterrupt(number)
 
+    if sys.stderr is None:  # closed: 2>&-
+        sys.stderr = nowhere()
     args = parse(arguments)
-    signal.signal(signal.SIGTERM, stop)
+    signals = (signal.SIGINT, signal.SIGTERM)
+    stopping = [each for each in signals if signal.getsignal(each) != signal.SIG_IGN]
+    for each in stopping:
+        signal.signal(each, stop)
     try:
         return run(args)
-    except BrokenPipeError:  # whoever read stdout has seen enough
+    except ReaderLeftError:
         return 1
     except KeyboardInterrupt as stopped:
-        number = stopped.args[0] if stopped.args else signal.SIGINT
+        number = stopped.args[0]
         code = 128 + number
         message = f"stopped by {signal.Signals(number).name}"
         if args.output and os.path.exists(partial_of(args.output)):
@@ -853,7 +986,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         code = 2
         message = f"{str(error).partition('. ')[0]}: try a smaller --batch-size"
-    print(f"inference.py: {message}", file=sys.stderr)
+    say(f"inference.py: {message}")
     return code
 
 

@@ -7,6 +7,7 @@ The fuzz test runs over 1,500 mutated files, over more with
 
 import io
 import json
+import multiprocessing.spawn
 import os
 import re
 import socket
@@ -157,20 +158,33 @@ def test_a_picture_that_kills_or_stalls_its_decoder_is_the_only_one_lost(
     }
 
 
-def test_a_thumbnail_that_fails_costs_no_answer(errors_of, tmp_path, monkeypatch):
-    monkeypatch.setattr(inference, "do_all", misbehaving.do_all)
-    drawn().save(tmp_path / "twice.png")
-    page = tmp_path / "page.html"
-    assert errors_of([tmp_path / "twice.png"], "--report", page) == {"twice.png": ""}
-    assert '"thumbnail": ""' in page.read_text()
-
-
 def test_many_that_take_long_together_are_read_once_each(errors_of, tmp_path, monkeypatch):
     monkeypatch.setattr(inference, "do_all", misbehaving.do_all)
     paths = [tmp_path / f"slow.{i}.png" for i in range(40)]  # of 0.1 s, in one chunk
     for path in paths:
         drawn().save(path)
-    assert set(errors_of(paths, "--timeout", 2).values()) == {""}
+    page = tmp_path / "page.html"  # its thumbnails are of what has been read
+    assert set(errors_of(paths, "--timeout", 2, "--report", page).values()) == {""}
+    assert page.read_text("utf-8").count("data:image/webp") == len(paths)
+
+
+def test_workers_that_die_as_they_start_are_replaced_or_it_is_one_line(
+    weights, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setattr(inference, "confine", misbehaving.die_at_first)
+    monkeypatch.setenv("MARKER", str(tmp_path / "died"))
+    drawn().save(tmp_path / "a.png")
+    command = ["--model", str(weights), "--input", str(tmp_path / "a.png"), "--workers", "1"]
+    assert inference.main(command) == 0
+    assert (tmp_path / "died").exists()
+    assert capfd.readouterr().out.endswith("a.png\n")
+    for name, value in (("ALL_DIE", "die as they start"), ("NO_PYTHON", "can't be started")):
+        monkeypatch.setenv(name, "1")
+        if name == "NO_PYTHON":
+            monkeypatch.setattr(multiprocessing.spawn, "_python_exe", "/missing/python")
+        assert inference.main(command) == 2
+        out, err = capfd.readouterr()
+        assert (out, err.count("\n"), value in err) == ("", 1, True), err
 
 
 UNREAD = {  # in a folder: what its error has to say

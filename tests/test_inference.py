@@ -111,12 +111,22 @@ def test_order_is_that_of_inputs_then_a_folders_pictures_then_its_folders(
         drawn().save(tmp_path / name, "PNG")
     code, out, err = run("--input", "./a/", "noted.txt", ".", "a", "--format", "json")
     first = ["a/0.png", "a/b/1.png", "noted.txt"]  # what is given twice counts once
-    others = [path for path in tree if path not in first]
+    others = [f"./{path}" for path in tree if path not in first]
     assert code == 0
     assert [entry["path"] for entry in entries(out)] == first + others
     assert "8 pictures: 8 answered, 1 other files passed over" in err
     code, out, err = run("--input", ROOT / ".docker")  # none found
     assert (code, out, "0 pictures: 3 other files passed over" in err) == (1, b"", True)
+
+
+def test_no_path_begins_as_a_formula(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ["+1.png", "-1.png", "=1.png", "@1.png", "\t1.png"]
+    for name in names:
+        drawn().save(tmp_path / name)
+    _, out, _ = run("--input", ".", "--format", "csv")
+    assert {row["path"] for row in rows(out)} == {f"./{name}" for name in names}
+    assert inference.list_pictures(names)[0] == [f"./{name}" for name in names]
 
 
 def test_links_to_folders_are_passed_over(run, tmp_path):
@@ -274,9 +284,11 @@ def test_an_output_replaces_what_a_link_points_to_once_it_is_whole(run, folder, 
 
 def test_under_torchrun_each_process_writes_its_share(run, folder, tmp_path, monkeypatch):
     flags = ("--input", folder, "--format", "csv")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "0")  # is another's where torchrun is not
     alone = run(*flags)[1]
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "any")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     report = ("--report", tmp_path / "page.html")
     for rank in "01":
         monkeypatch.setenv("RANK", rank)
@@ -310,6 +322,7 @@ def test_every_flag_has_its_default_and_stands_in_help(run):
 WRONG = {  # flags, by comma: what the message names
     "--alphabet,0-9?": "0-9?",
     "--alphabet,9-0": "9-0",
+    "--alphabet,ß": "ß",
     "--alphabet,": "expected characters",
     "--model,missing.pt": "missing.pt",
     f"--model,{__file__}": "no weights of ours",
@@ -371,6 +384,44 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_written(run, folder, tmp_pat
     assert (code, out, err.count("\n")) == (2, b"", 1)
     assert "File too large" in err
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+
+
+def test_a_disk_too_full_for_the_report_leaves_the_answers_whole(run, folder, tmp_path, disk_for):
+    disk_for(20_000)  # the page alone has more
+    page = tmp_path / "page.html"
+    flags = ("--input", folder, "--output", tmp_path / "out", "--format", "json")
+    code, _, err = run(*flags, "--report", page)
+    disk_for(resource.RLIM_INFINITY)
+    assert (code, err) == (2, f"inference.py: {page}: File too large\n")
+    assert len(entries((tmp_path / "out").read_bytes())) == 72 + len(HOSTILE) + 2
+
+
+@pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full"])
+def test_a_stderr_that_takes_nothing_costs_no_answer(weights, folder, stderr):
+    words = command(weights, "--input", folder / "blank.png", folder / "part1", "--no-adapt")
+    end = subprocess.run(["bash", "-c", f'"$@" {stderr}', "-", *words], stdout=subprocess.PIPE)
+    assert (end.returncode, end.stdout.count(b"\n")) == (1, 24)  # 1: one is blank
+
+
+def test_ctrl_c_in_a_terminal_is_one_line_whenever_it_comes(weights, folder):
+    """It reaches the workers, too, which are starting."""
+    words = command(weights, "--input", folder, "--workers", 2)
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)
+    processes = []
+    for _ in range(4):
+        options = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+        processes.append(subprocess.Popen(words, start_new_session=True, **options))
+    signal.signal(signal.SIGINT, ignored)
+    for i, process in enumerate(processes):
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        while process.poll() is None and not children.read_text():
+            time.sleep(0.01)  # its own imports
+        time.sleep(0.1 + 0.2 * i)
+        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)  # by an impatient hand
+    for process in processes:
+        _, err = process.communicate(timeout=20)
+        assert (process.returncode, err) == (130, "inference.py: stopped by SIGINT\n")
 
 
 def command(weights: Path, *arguments: object) -> list[str]:
