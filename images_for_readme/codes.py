@@ -28,10 +28,11 @@ import numpy as np
 
 ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 BLANK = len(ALPHABET)  # column of a blank; the one after it is for any other character
-FLOOR = 1e-4  # probability: inference.py writes four decimals
+SMALLEST = 1e-6  # probability of what inference.py writes as 0.0000
+FLOOR = 1e-3  # probability that a cell shows what the net does not see in it, at least
 DENIED = 1e-30  # probability of what a person or a pattern rules out
 GAP = 0.05  # fraction of a code's characters that people leave out or a cell doesn't hold
-LEAD = 4.0  # nats
+LEAD = 5.0  # nats
 BEHIND = 10.0  # nats
 NO_NEXT = 1e6  # nats: a lead, where no other code could be
 ELEMENT = r"(\[[^\]]+\]|\\d|[\w.])(?:\{(\d+)\})?"  # of a pattern: what a place allows, how often
@@ -67,7 +68,7 @@ def read_rows(file: Path, columns: Iterable[str]) -> list[dict[str, str]]:
 
 
 def read_cell(row: dict[str, str]) -> np.ndarray:
-    """Return the probabilities of a cell by column, FLOOR at least: (38,).
+    """Return the probabilities of a cell by column, more than 0: (38,).
 
     What the characters of a row leave to 1 is the blank's: `--topk 36` lists them all.
     """
@@ -81,7 +82,7 @@ def read_cell(row: dict[str, str]) -> np.ndarray:
     if listed:
         listed.setdefault(" ", 1 - sum(listed.values()))
     p = [listed.get(character, 0) for character in ALPHABET + " "]
-    return np.maximum([*p, 0], FLOOR)
+    return np.maximum([*p, 0], SMALLEST)
 
 
 def read_forms(
@@ -157,7 +158,7 @@ def read_valid(file: Path) -> list[str]:
 def join(p: np.ndarray) -> tuple[str, float]:
     """Return the code as read, and its least confidence."""
     best, second = np.sort(p, axis=1)[:, :-3:-1].T
-    read = ["?" if tie else (ALPHABET + " ?")[i] for i, tie in zip(p.argmax(1), best == second)]
+    read = np.where(best == second, "?", np.array([*ALPHABET, " ", "?"])[p.argmax(1)])
     return "".join(read), best.min()
 
 
@@ -165,7 +166,7 @@ def compute_scores(p: np.ndarray) -> np.ndarray:
     """Return log probabilities of columns, nats; a blank lets each character be, at a cost."""
     q = p.copy()
     q[:, np.arange(q.shape[1]) != BLANK] += GAP * p[:, [BLANK]]
-    return np.log(np.maximum(q, DENIED))
+    return np.log(np.where(q > 0, np.maximum(q, FLOOR), DENIED))
 
 
 def score_codes(scores: np.ndarray, codes: np.ndarray) -> np.ndarray:
