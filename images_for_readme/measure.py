@@ -19,6 +19,7 @@ from PIL import Image
 
 import CNN
 import train
+from images_for_readme.codes import BEHIND, LEAD, choose, join, read_forms, score_all
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -217,4 +218,79 @@ def samples(args: argparse.Namespace, scratch: Path) -> tuple[str, dict]:
     return "tests/samples", lines
 
 
-PARTS = {part.__name__: part for part in (shipped, field, single, scenes, sizes, samples)}
+LISTS = 20  # of valid codes, each kind, that a form meets
+LIST_CODES = 500
+
+
+def draw_lists(code: str, generator: np.random.Generator) -> dict[str, list[str]]:
+    """Return lists of other codes that can be valid beside this one."""
+    in_a_row = int(code) - generator.integers(10 * LIST_CODES) + np.arange(10 * LIST_CODES)
+    numbers = {
+        "one in ten of a row": generator.permutation(in_a_row),
+        "at random": generator.integers(10 ** len(code), size=LIST_CODES),
+    }
+    lists = {}
+    for kind, some in numbers.items():
+        padded = [f"{number % 10 ** len(code):0{len(code)}}" for number in some[:LIST_CODES]]
+        lists[kind] = [other for other in padded if other != code]
+    return lists
+
+
+def draw_forms(args: argparse.Namespace, scratch: Path) -> tuple[dict[str, np.ndarray], dict]:
+    """Draw rows of 8 boxes of all kinds and read them; return cells and truth by form.
+
+    "_" in the truth: the box is empty; "-": a digit was crossed out and written again.
+    """
+    command = [sys.executable, str(args.forms.resolve()), str(scratch / "forms")]
+    subprocess.run(command, cwd=ROOT, check=True)
+    folders = [
+        path for path in sorted(scratch.glob("forms/*/number")) if "control" not in str(path)
+    ]
+    rows = []
+    truth: dict[str, str] = {}
+    for folder in classify(folders, "--alphabet", "0-9", *args.flags):
+        for row in folder:
+            cell = row["path"].removesuffix(".png")  # FORM_12_C
+            form = cell[: -len("_12_C")]
+            truth[form] = truth.get(form, "") + cell[-1]
+            listed = " ".join(f"{c}:{p}" for c, p in row["alternatives"].items())
+            shown = {key: row[key] or "" for key in ("character", "confidence", "error")}
+            rows.append(shown | {"path": cell[: -len("_C")], "alternatives": listed})
+    return read_forms(rows, {}, []), truth
+
+
+def codes(args: argparse.Namespace, scratch: Path) -> tuple[str, dict]:
+    """Look drawn codes up in valid ones, with the true one among them and without it.
+
+    An empty box stands for any digit; codes with a digit written again are left out.
+    """
+    cells, truth = draw_forms(args, scratch)
+    generator = np.random.default_rng(0)
+    found: dict[tuple[str, str], list] = {}
+    for form, p in cells.items():
+        code = re.sub("_", lambda _: str(generator.integers(10)), truth[form])
+        for _ in range(LISTS if code.isdigit() else 0):
+            for kind, others in draw_lists(code, generator).items():
+                as_read, scores = score_all([p], [code, *others])
+                choices = [*choose(as_read, scores), *choose(as_read, scores[:, 1:])]
+                accepted = [c.lead >= LEAD and c.behind <= BEHIND for c in choices]
+                is_read = join(p)[0] == truth[form].replace("_", " ")
+                for boxes in ("all", Path(form).parent.parent.name):
+                    entry = (is_read, choices[0].code == 0, *accepted)
+                    found.setdefault((kind, boxes), []).append(entry)
+    rows = []
+    for (kind, boxes), entries in sorted(found.items(), reverse=True):
+        is_read, right, accepted, accepted_without = np.array(entries).T
+        rows.append({
+            "500 valid codes": kind,
+            "boxes": boxes,
+            "right without a list, %": 100 * is_read.mean(),
+            "likeliest is right, %": 100 * right.mean(),
+            "accepted, %": 100 * accepted.mean(),
+            "wrong of 1,000 accepted": 1000 * (~right[accepted]).mean(),
+            "accepted, the true one not listed, %": 100 * accepted_without.mean(),
+        })  # fmt: skip
+    return f"{len(cells)} rows of 8 boxes drawn by ../shared/forms/draw.py", {"rows": rows}
+
+
+PARTS = {part.__name__: part for part in (shipped, field, single, scenes, sizes, samples, codes)}

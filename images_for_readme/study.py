@@ -185,6 +185,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     shared = ROOT.parent / "shared"
     add("--field", type=Path, default=shared / "field", help="labelled: SET/CHARACTER/PICTURE")
     add("--scenes", type=Path, default=shared / "scenes" / "draw.py", help="draws and scores them")
+    add("--forms", type=Path, default=shared / "forms" / "draw.py", help="draws them")
     add("--name", help="of the record, where it isn't the part's")
     add("--what", help="one line for the tables")
     args, flags = parser.parse_known_args(argv)
