@@ -49,7 +49,7 @@ from pebble import ProcessExpired, ProcessPool
 from PIL import Image
 from tqdm import tqdm
 
-from picture import BLANK, SUFFIXES, Reading, propose, read_first, to_grey
+from picture import BLANK, SUFFIXES, Features, Reading, propose, read_first, to_grey
 
 if TYPE_CHECKING:  # torch is imported late: the workers do without
     from torch import Tensor
@@ -70,6 +70,9 @@ class ReaderLeftError(Exception):
     """Whoever read stdout has seen enough."""
 
 
+NOTHING = Reading(None, Features())  # of a picture that can't be read
+
+
 class Picture(NamedTuple):
     """A picture, as a worker reads it first; later with an answer."""
 
@@ -81,7 +84,7 @@ class Picture(NamedTuple):
     error: str = ""
     image: np.ndarray | None = None  # (SIZE, SIZE) uint8, ink 255 on 0: as the net read it
     thumbnail: str = ""  # data URI, where a report is asked for
-    reading: Reading | None = None  # the first one, until the picture is looked at
+    reading: Reading = NOTHING  # the first one, until the picture is looked at
     grey: np.ndarray | None = None  # (H, W) uint8, until then: what other readings are made of
 
     @property
@@ -431,21 +434,22 @@ def look(pictures: list[Picture], net: TrainedNet, known: Folder, readers: Reade
     """
     import torch
 
-    owners = [i for i, picture in enumerate(pictures) if picture.reading]
-    readings = [pictures[i].reading for i in owners]
+    readings = [picture.reading for picture in pictures]
+    owners = list(range(len(pictures)))
     seen = net.see(readings)
     scores, _ = judge(readings, seen, known, net.card)
-    in_doubt = [row for row, score in enumerate(scores.tolist()) if score < DOUBT_SCORE]
-    greys = [pictures[owners[row]].grey for row in in_doubt]
+    are_doubtful = (scores < DOUBT_SCORE).tolist()
+    in_doubt = [i for i in owners if are_doubtful[i] and pictures[i].grey is not None]
+    greys = [pictures[i].grey for i in in_doubt]
     others = []
-    for row, found in zip(in_doubt, readers.propose(greys, net.side), strict=True):
+    for i, found in zip(in_doubt, readers.propose(greys, net.side), strict=True):
         if found:
             others += found
-            owners += [owners[row]] * len(found)
-            owners[row] = -1  # it is among those found
+            owners += [i] * len(found)
+            owners[i] = -1  # the first one is among those found
     if others:
         seen = Seen(*map(torch.cat, zip(seen, net.see(others), strict=True)))
-    pictures = [picture._replace(reading=None, grey=None) for picture in pictures]
+    pictures = [picture._replace(reading=NOTHING, grey=None) for picture in pictures]
     return Looked(pictures, readings + others, torch.tensor(owners), seen)
 
 
@@ -486,14 +490,14 @@ def judge(
 def weigh(looked: Looked, folder: Folder, card: CNN.Card) -> tuple[Tensor, Tensor]:
     """Return how likely each reading is the right one of each picture, and what `judge` says in it.
 
-    Shapes: (B, R), 0 for readings of other pictures and where it has none; (R, classes + 1).
+    Shapes: (B, R), 0 for readings of other pictures, and (R, classes + 1).
     """
     import torch
 
     scores, p = judge(looked.readings, looked.seen, folder, card)
     are_its_own = looked.owners == torch.arange(len(looked.pictures))[:, None]  # (B, R)
     weights = scores.where(are_its_own, -math.inf).softmax(1)
-    return weights.nan_to_num(0), p
+    return weights, p
 
 
 def answer(
@@ -619,7 +623,7 @@ def take_typical(sample: list[Looked], folder: Folder, card: CNN.Card) -> Seen:
     parts = []
     for looked in sample:
         weights, p = weigh(looked, folder, card)
-        best = weights.argmax(1)[weights.any(1)]  # of the pictures that could be read
+        best = weights.argmax(1)  # (B,)
         best = best[p[best, -1] == 0]
         seen = Seen(*(values[best] for values in looked.seen))
         log_p, distances = compare(seen, folder, card)

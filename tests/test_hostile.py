@@ -181,7 +181,7 @@ def test_workers_that_die_as_they_start_are_replaced_or_it_is_one_line(
     for name, value in (("ALL_DIE", "die as they start"), ("NO_PYTHON", "can't be started")):
         monkeypatch.setenv(name, "1")
         if name == "NO_PYTHON":
-            monkeypatch.setattr(multiprocessing.spawn, "_python_exe", "/missing/python")
+            monkeypatch.setattr(multiprocessing.spawn, "_python_exe", b"/missing/python")
         assert inference.main(command) == 2
         out, err = capfd.readouterr()
         assert (out, err.count("\n"), value in err) == ("", 1, True), err
@@ -254,10 +254,10 @@ def test_what_is_hidden_in_a_folder_is_passed_over_in_silence(weights, tmp_path,
 def test_a_fault_of_our_own_shows_where_it_is_and_a_gpu_without_memory_is_one_line(
     weights, tmp_path, monkeypatch, capfd
 ):
-    def answer(classifier, picture, chosen):
+    def answer(*arguments, **more):
         raise fault
 
-    monkeypatch.setattr(inference.Classifier, "answer", answer)
+    monkeypatch.setattr(inference, "answer", answer)
     drawn().save(tmp_path / "a.png")
     command = ["--model", str(weights), "--input", str(tmp_path)]
     for fault in (ValueError("ours"), RuntimeError("ours")):
