@@ -14,10 +14,12 @@ import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from unittest.mock import Mock
 
 import misbehaving
 import numpy as np
@@ -27,6 +29,7 @@ from PIL import Image
 from strokes import drawn
 
 import inference
+import picture
 from picture import FORMATS
 
 
@@ -157,20 +160,59 @@ def test_a_picture_that_kills_or_stalls_its_decoder_is_the_only_one_lost(
     }
 
 
-def test_a_thumbnail_that_fails_costs_no_answer(errors_of, tmp_path, monkeypatch):
-    monkeypatch.setattr(inference, "do_all", misbehaving.do_all)
-    drawn().save(tmp_path / "twice.png")
-    page = tmp_path / "page.html"
-    assert errors_of([tmp_path / "twice.png"], "--report", page) == {"twice.png": ""}
-    assert '"thumbnail": ""' in page.read_text()
-
-
 def test_many_that_take_long_together_are_read_once_each(errors_of, tmp_path, monkeypatch):
     monkeypatch.setattr(inference, "do_all", misbehaving.do_all)
     paths = [tmp_path / f"slow.{i}.png" for i in range(40)]  # of 0.1 s, in one chunk
     for path in paths:
         drawn().save(path)
-    assert set(errors_of(paths, "--timeout", 2).values()) == {""}
+    page = tmp_path / "page.html"  # its thumbnails are of what has been read
+    assert set(errors_of(paths, "--timeout", 2, "--report", page).values()) == {""}
+    assert page.read_text("utf-8").count("data:image/webp") == len(paths)
+
+
+def test_workers_that_die_as_they_start_are_replaced_or_it_is_one_line(
+    weights, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setattr(inference, "confine", misbehaving.die_at_first)
+    monkeypatch.setenv("MARKER", str(tmp_path / "died"))
+    drawn().save(tmp_path / "a.png")
+    command = ["--model", str(weights), "--input", str(tmp_path / "a.png"), "--workers", "1"]
+    assert inference.main(command) == 0
+    assert (tmp_path / "died").exists()
+    assert capfd.readouterr().out.endswith("a.png\n")
+    monkeypatch.setenv("ALL_DIE", "1")
+    assert inference.main(command) == 2
+    out, err = capfd.readouterr()
+    assert (out, err.count("\n"), "die as they start" in err) == ("", 1, True), err
+
+
+@pytest.mark.parametrize("size", [(14_000, 1), (19_000, 2)])
+def test_a_long_strip_takes_little_memory(tmp_path, size):
+    strip = Image.new("L", size, 255)
+    strip.paste(0, (size[0] // 2, 0, size[0] // 2 + 900, 1))
+    strip.save(tmp_path / "strip.png")
+    tracemalloc.start()
+    with suppress(ValueError):  # there may be no character in it
+        picture.prepare(tmp_path / "strip.png", 28)
+    grey = picture.to_grey(picture.read(tmp_path / "strip.png"))
+    assert picture.propose(grey, 28)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50e6
+
+
+def test_only_what_is_wrong_with_a_file_is_called_so(tmp_path, monkeypatch):
+    drawn().save(tmp_path / "a.png")
+    assert picture.prepare(tmp_path / "a.png", 28).max() == 255  # a Path, not a str
+    for name, error, expected in (
+        ("to_grey", ZeroDivisionError, ZeroDivisionError),
+        ("to_grey", MemoryError, MemoryError),
+        ("to_plain_mode", MemoryError, ValueError),  # while decoding, which is said to be it
+    ):
+        with monkeypatch.context() as patch, pytest.raises(expected) as raised:
+            patch.setattr(picture, name, Mock(side_effect=error))
+            picture.prepare(tmp_path / "a.png", 28)
+    assert "takes more memory than there is" in str(raised.value)
 
 
 UNREAD = {  # in a folder: what its error has to say
@@ -240,10 +282,10 @@ def test_what_is_hidden_in_a_folder_is_passed_over_in_silence(weights, tmp_path,
 def test_a_fault_of_our_own_shows_where_it_is_and_a_gpu_without_memory_is_one_line(
     weights, tmp_path, monkeypatch, capfd
 ):
-    def answer(classifier, picture, chosen):
+    def answer(*arguments: object, **options: object) -> None:
         raise fault
 
-    monkeypatch.setattr(inference.Classifier, "answer", answer)
+    monkeypatch.setattr(inference, "answer", answer)
     drawn().save(tmp_path / "a.png")
     command = ["--model", str(weights), "--input", str(tmp_path)]
     for fault in (ValueError("ours"), RuntimeError("ours")):

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -111,12 +112,22 @@ def test_order_is_that_of_inputs_then_a_folders_pictures_then_its_folders(
         drawn().save(tmp_path / name, "PNG")
     code, out, err = run("--input", "./a/", "noted.txt", ".", "a", "--format", "json")
     first = ["a/0.png", "a/b/1.png", "noted.txt"]  # what is given twice counts once
-    others = [path for path in tree if path not in first]
+    others = [f"./{path}" for path in tree if path not in first]
     assert code == 0
     assert [entry["path"] for entry in entries(out)] == first + others
     assert "8 pictures: 8 answered, 1 other files passed over" in err
     code, out, err = run("--input", ROOT / ".docker")  # none found
     assert (code, out, "0 pictures: 3 other files passed over" in err) == (1, b"", True)
+
+
+def test_no_path_begins_as_a_formula(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ["+1.png", "-1.png", "=1.png", "@1.png", "\t1.png"]
+    for name in names:
+        drawn().save(tmp_path / name)
+    _, out, _ = run("--input", ".", "--format", "csv")
+    assert {row["path"] for row in rows(out)} == {f"./{name}" for name in names}
+    assert inference.list_pictures(names)[0] == [f"./{name}" for name in names]
 
 
 def test_links_to_folders_are_passed_over(run, tmp_path):
@@ -160,19 +171,18 @@ def test_memory_stays_flat_over_many_pictures(run, tmp_path, monkeypatch):
 # What it answers
 
 
-def test_answers_are_those_of_the_net_alone(run, folder, weights):
-    """By another route: the plain net in float32, one picture at a time."""
-    _, out, _ = run("--input", folder, "--format", "json")
-    net, same = CNN.load(weights), 0
+def test_answers_are_those_of_the_net_alone(run, folder):
+    """By another route: the plain net in float32, which sees each picture's first reading."""
+    model = ROOT / "model.pt"
+    _, out, _ = run("--input", folder, "--format", "json", "--model", model)
+    net = CNN.load(model)
     answered = [entry for entry in entries(out) if entry["character"]]
-    for entry in answered:
-        image = torch.from_numpy(prepare(entry["path"], CNN.SIZE))
-        logits, _ = CNN.predict(net, image[None])
-        p = (logits / net.card.temperature).softmax(1)[0]
-        same += CNN.ALPHABET[p.argmax()] == entry["character"]
-        confidence = p[CNN.ALPHABET.index(entry["character"])].item()
-        assert abs(confidence - entry["confidence"]) < 0.06
-    assert same >= 0.9 * len(answered)  # bfloat16 may turn what is nearly even
+    images = np.stack([prepare(entry["path"], CNN.SIZE) for entry in answered])
+    logits, _ = CNN.predict(net, torch.from_numpy(images))
+    p = (logits / net.card.temperature).softmax(1)
+    of_net = [row[CNN.ALPHABET.index(e["character"])] for row, e in zip(p, answered, strict=True)]
+    near = [abs(q - e["confidence"]) < 0.06 for q, e in zip(of_net, answered, strict=True)]
+    assert sum(near) > 0.7 * len(answered) > 40  # the others are in doubt: all readings are seen
 
 
 def test_the_same_answers_for_any_batch_size_and_number_of_workers(run, folder):
@@ -183,30 +193,33 @@ def test_the_same_answers_for_any_batch_size_and_number_of_workers(run, folder):
     assert len(outputs) == 1
 
 
-def test_an_alphabet_restricts_and_renormalises(run, folder):
-    flags = ("--input", folder / "part1", "--format", "json", "--topk", 36)
-    pairs = (entries(run(*flags, "--alphabet", text)[1]) for text in ("0-9A-Z", "0-3x"))
+def test_an_alphabet_restricts(run, folder):
+    flags = ("--input", folder / "part1", "--format", "json", "--topk", 36, "--model")
+    pairs = (
+        entries(run(*flags, ROOT / "model.pt", "--alphabet", text)[1])
+        for text in ("0-9A-Z", "0-3x")
+    )
+    kept = 0
     for line, few in zip(*pairs, strict=True):
-        everything = {line["character"]: line["confidence"]} | line["alternatives"]
-        allowed = {few["character"]: few["confidence"]} | few["alternatives"]
-        assert set(allowed) == set("0123X")
-        total = sum(everything[c] for c in "0123X")
-        if total > 0.05:  # of figures rounded to 4 places
-            for c in "0123X":
-                assert allowed[c] == pytest.approx(everything[c] / total, abs=0.02)
+        assert {few["character"], *few["alternatives"]} - {None} == set("0123X")
+        if line["character"] in set("0123X"):
+            kept += 1
+            assert few["character"] == line["character"]
+            assert few["confidence"] > line["confidence"] - 0.02  # what it may not be adds to it
+    assert kept >= 2
 
 
 def test_doubtful_answers_are_none_and_marked_in_each_format(run, folder):
     found = entries(run("--input", folder, "--format", "json")[1])
     confidence = {e["path"]: e["confidence"] for e in found}
-    sure = sorted(p for p in confidence.values() if p)
+    sure = sorted(e["confidence"] for e in found if e["character"])
     limit = sure[len(sure) // 2]
     flags = ("--input", folder, "--min-confidence", limit, "--format")
     _, out, err = run(*flags, "json")
-    doubtful = [e for e in entries(out) if confidence[e["path"]] and not e["character"]]
+    doubtful = [e for e in entries(out) if "--min-confidence" in (e["error"] or "")]
     for entry in doubtful:
         assert entry["confidence"] == confidence[entry["path"]] <= limit
-        assert (len(entry["alternatives"]), "--min-confidence" in entry["error"]) == (3, True)
+        assert (len(entry["alternatives"]), entry["character"]) == (3, None)
     assert 0.3 * len(sure) < len(doubtful) < 0.7 * len(sure)
     assert f"{len(doubtful)} doubtful" in err
     code, out, _ = run(*flags, "ascii")
@@ -232,7 +245,7 @@ def test_ascii_lines_are_the_origins_one_for_each_picture(run, folder):
     assert any(line.endswith(r"/new\nline.png") for line in lines)
     assert any(line.endswith(r"/not utf-8 \udcff\udcfe.png") for line in lines)
     assert any(line.endswith('/comma, and "quote".png') for line in lines)
-    assert f"{folder}/blank.png: blank: no ink found\n" in err
+    assert f"{folder}/blank.png: {inference.BLANK}\n" in err
     assert f"{folder}/wreck.jpg: " in err
     assert "84 pictures: 82 answered, 1 blank, 1 unreadable, 1 other files passed over" in err
 
@@ -253,9 +266,11 @@ def test_csv_and_json_carry_every_path_to_the_byte(run, folder):
         others = dict(pair.split(":") for pair in row["alternatives"].split())
         assert {c: float(p) for c, p in others.items()} == entry["alternatives"]
         p = [entry["confidence"], *entry["alternatives"].values()]
-        if entry["character"]:
+        if entry["character"]:  # what is missing of 1 is that nothing is written
             assert p == sorted(p, reverse=True)
-            assert (len(p), sum(p)) == (36, pytest.approx(1, abs=0.003))
+            assert (len(p), 0.5 < sum(p) < 1.003) == (36, True)
+        elif entry["error"] == inference.BLANK:
+            assert (len(p), sum(p)) == (37, pytest.approx(1, abs=0.003))
         else:
             assert p == [None]
     answers = [f"{ord(row['character']):03d}".encode() for row in of_csv if row["character"]]
@@ -274,9 +289,11 @@ def test_an_output_replaces_what_a_link_points_to_once_it_is_whole(run, folder, 
 
 def test_under_torchrun_each_process_writes_its_share(run, folder, tmp_path, monkeypatch):
     flags = ("--input", folder, "--format", "csv")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "0")  # is another's where torchrun is not
     alone = run(*flags)[1]
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "any")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     report = ("--report", tmp_path / "page.html")
     for rank in "01":
         monkeypatch.setenv("RANK", rank)
@@ -310,6 +327,7 @@ def test_every_flag_has_its_default_and_stands_in_help(run):
 WRONG = {  # flags, by comma: what the message names
     "--alphabet,0-9?": "0-9?",
     "--alphabet,9-0": "9-0",
+    "--alphabet,ß": "ß",
     "--alphabet,": "expected characters",
     "--model,missing.pt": "missing.pt",
     f"--model,{__file__}": "no weights of ours",
@@ -371,6 +389,44 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_written(run, folder, tmp_pat
     assert (code, out, err.count("\n")) == (2, b"", 1)
     assert "File too large" in err
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+
+
+def test_a_disk_too_full_for_the_report_leaves_the_answers_whole(run, folder, tmp_path, disk_for):
+    disk_for(20_000)  # the page alone has more
+    page = tmp_path / "page.html"
+    flags = ("--input", folder, "--output", tmp_path / "out", "--format", "json")
+    code, _, err = run(*flags, "--report", page)
+    disk_for(resource.RLIM_INFINITY)
+    assert (code, err) == (2, f"inference.py: {page}: File too large\n")
+    assert len(entries((tmp_path / "out").read_bytes())) == 72 + len(HOSTILE) + 2
+
+
+@pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full"])
+def test_a_stderr_that_takes_nothing_costs_no_answer(weights, folder, stderr):
+    words = command(weights, "--input", folder / "blank.png", folder / "part1", "--no-adapt")
+    end = subprocess.run(["bash", "-c", f'"$@" {stderr}', "-", *words], stdout=subprocess.PIPE)
+    assert (end.returncode, end.stdout.count(b"\n")) == (1, 24)  # 1: one is blank
+
+
+def test_ctrl_c_in_a_terminal_is_one_line_whenever_it_comes(weights, folder):
+    """It reaches the workers, too, which are starting."""
+    words = command(weights, "--input", folder, "--workers", 2)
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)
+    processes = []
+    for _ in range(4):
+        options = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+        processes.append(subprocess.Popen(words, start_new_session=True, **options))
+    signal.signal(signal.SIGINT, ignored)
+    for i, process in enumerate(processes):
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        while process.poll() is None and not children.read_text():
+            time.sleep(0.01)  # its own imports
+        time.sleep(0.1 + 0.2 * i)
+        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)  # by an impatient hand
+    for process in processes:
+        _, err = process.communicate(timeout=20)
+        assert (process.returncode, err) == (130, "inference.py: stopped by SIGINT\n")
 
 
 def command(weights: Path, *arguments: object) -> list[str]:
