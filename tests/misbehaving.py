@@ -8,13 +8,13 @@ import time
 import inference
 
 DO_ALL = inference.do_all
-READ = inference.read_first
+READ_FIRST = inference.read_first
 
 
 def die_at_first() -> None:
-    """Start as a worker of inference.py does, but for the first, which dies."""
+    """Start as a worker of inference.py does, but for the first, which dies, and for ALL_DIE."""
     marker = os.environ["MARKER"]
-    if not os.path.exists(marker):
+    if "ALL_DIE" in os.environ or not os.path.exists(marker):
         open(marker, "w").close()
         os.kill(os.getpid(), signal.SIGKILL)
     inference.confine()
@@ -22,11 +22,11 @@ def die_at_first() -> None:
 
 def do_all(*arguments: object) -> list:
     """Do a worker's work as inference.py does, with the misbehaving decoder."""
-    inference.read_first = read
+    inference.read_first = read_first
     return DO_ALL(*arguments)
 
 
-def read(path: str, side: int) -> object:
+def read_first(path: str, side: int) -> object:
     """Read a picture, or kill, leave, hang, slow or bloat the process."""
     match os.path.basename(path).partition(".")[0]:
         case "kill":
@@ -44,4 +44,4 @@ def read(path: str, side: int) -> object:
             raise KeyError("new\nline")
         case "torch" if "torch" in sys.modules:
             raise ValueError("torch is imported here")
-    return READ(path, side)
+    return READ_FIRST(path, side)

@@ -7,7 +7,6 @@ The fuzz test runs over 1,500 mutated files, over more with
 
 import io
 import json
-import multiprocessing.spawn
 import os
 import re
 import socket
@@ -15,10 +14,12 @@ import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from unittest.mock import Mock
 
 import misbehaving
 import numpy as np
@@ -28,6 +29,7 @@ from PIL import Image
 from strokes import drawn
 
 import inference
+import picture
 from picture import FORMATS
 
 
@@ -178,10 +180,40 @@ def test_workers_that_die_as_they_start_are_replaced_or_it_is_one_line(
     assert inference.main(command) == 0
     assert (tmp_path / "died").exists()
     assert capfd.readouterr().out.endswith("a.png\n")
-    monkeypatch.setattr(multiprocessing.spawn, "_python_exe", b"/missing/python")
+    monkeypatch.setenv("ALL_DIE", "1")
     assert inference.main(command) == 2
     out, err = capfd.readouterr()
     assert (out, err.count("\n"), "die as they start" in err) == ("", 1, True), err
+
+
+@pytest.mark.parametrize("size", [(14_000, 1), (19_000, 2)])
+def test_a_long_strip_takes_little_memory(tmp_path, size):
+    strip = Image.new("L", size, 255)
+    strip.paste(0, (size[0] // 2, 0, size[0] // 2 + 900, 1))
+    path = str(tmp_path / "strip.png")
+    strip.save(path)
+    tracemalloc.start()
+    with suppress(ValueError):  # there may be no character in it
+        picture.prepare(path, 28)
+        picture.propose(picture.to_grey(picture.read(path)), 28)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50e6
+
+
+def test_only_what_is_wrong_with_a_file_is_called_so(tmp_path, monkeypatch):
+    drawn().save(tmp_path / "a.png")
+    assert picture.prepare(tmp_path / "a.png", 28).max() == 255  # a Path, not a str
+    for name, error, expected in (
+        ("to_grey", ZeroDivisionError, ZeroDivisionError),
+        ("to_grey", MemoryError, MemoryError),
+        ("to_plain_mode", MemoryError, ValueError),  # while decoding, which is said to be it
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(picture, name, Mock(side_effect=error))
+            with pytest.raises(expected) as raised:
+                picture.prepare(tmp_path / "a.png", 28)
+    assert "takes more memory than there is" in str(raised.value)
 
 
 UNREAD = {  # in a folder: what its error has to say
@@ -251,7 +283,7 @@ def test_what_is_hidden_in_a_folder_is_passed_over_in_silence(weights, tmp_path,
 def test_a_fault_of_our_own_shows_where_it_is_and_a_gpu_without_memory_is_one_line(
     weights, tmp_path, monkeypatch, capfd
 ):
-    def answer(*arguments, **more):
+    def answer(*arguments: object, **options: object) -> None:
         raise fault
 
     monkeypatch.setattr(inference, "answer", answer)

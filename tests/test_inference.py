@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import math
 import os
 import re
 import resource
@@ -16,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -171,25 +171,18 @@ def test_memory_stays_flat_over_many_pictures(run, tmp_path, monkeypatch):
 # What it answers
 
 
-@pytest.fixture
-def first_readings_alone(monkeypatch):
-    monkeypatch.setattr(inference, "DOUBT_SCORE", -math.inf)
-
-
-@pytest.mark.usefixtures("first_readings_alone")
-def test_answers_are_those_of_the_net_alone(run, folder, weights):
-    """By another route: the plain net in float32, one picture at a time."""
-    _, out, _ = run("--input", folder, "--format", "json")
-    net, same = CNN.load(weights), 0
+def test_answers_are_those_of_the_net_alone(run, folder):
+    """By another route: the plain net in float32, which sees each picture's first reading."""
+    model = ROOT / "model.pt"
+    _, out, _ = run("--input", folder, "--format", "json", "--model", model)
+    net = CNN.load(model)
     answered = [entry for entry in entries(out) if entry["character"]]
-    for entry in answered:
-        image = torch.from_numpy(prepare(entry["path"], CNN.SIZE))
-        logits, _ = CNN.predict(net, image[None])
-        p = (logits / net.card.temperature).softmax(1)[0]
-        same += CNN.ALPHABET[p.argmax()] == entry["character"]
-        confidence = p[CNN.ALPHABET.index(entry["character"])].item()
-        assert abs(confidence - entry["confidence"]) < 0.06
-    assert same >= 0.9 * len(answered)  # bfloat16 may turn what is nearly even
+    images = np.stack([prepare(entry["path"], CNN.SIZE) for entry in answered])
+    logits, _ = CNN.predict(net, torch.from_numpy(images))
+    p = (logits / net.card.temperature).softmax(1)
+    of_net = [row[CNN.ALPHABET.index(e["character"])] for row, e in zip(p, answered, strict=True)]
+    near = [abs(q - e["confidence"]) < 0.06 for q, e in zip(of_net, answered, strict=True)]
+    assert sum(near) > 0.7 * len(answered) > 40  # the others are in doubt: all readings are seen
 
 
 def test_the_same_answers_for_any_batch_size_and_number_of_workers(run, folder):
@@ -200,31 +193,33 @@ def test_the_same_answers_for_any_batch_size_and_number_of_workers(run, folder):
     assert len(outputs) == 1
 
 
-@pytest.mark.usefixtures("first_readings_alone")
-def test_an_alphabet_restricts_and_renormalises(run, folder):
-    flags = ("--input", folder / "part1", "--format", "json", "--topk", 36)
-    pairs = (entries(run(*flags, "--alphabet", text)[1]) for text in ("0-9A-Z", "0-3x"))
+def test_an_alphabet_restricts(run, folder):
+    flags = ("--input", folder / "part1", "--format", "json", "--topk", 36, "--model")
+    pairs = (
+        entries(run(*flags, ROOT / "model.pt", "--alphabet", text)[1])
+        for text in ("0-9A-Z", "0-3x")
+    )
+    kept = 0
     for line, few in zip(*pairs, strict=True):
-        everything = {line["character"]: line["confidence"]} | line["alternatives"]
-        allowed = {few["character"]: few["confidence"]} | few["alternatives"]
-        assert set(allowed) == set("0123X")
-        total = sum(everything[c] for c in "0123X")
-        if total > 0.05:  # of figures rounded to 4 places
-            for c in "0123X":
-                assert allowed[c] == pytest.approx(everything[c] / total, abs=0.02)
+        assert {few["character"], *few["alternatives"]} - {None} == set("0123X")
+        if line["character"] in set("0123X"):
+            kept += 1
+            assert few["character"] == line["character"]
+            assert few["confidence"] > line["confidence"] - 0.02  # what it may not be adds to it
+    assert kept >= 2
 
 
 def test_doubtful_answers_are_none_and_marked_in_each_format(run, folder):
     found = entries(run("--input", folder, "--format", "json")[1])
-    confidence = {e["path"]: e["confidence"] for e in found if e["character"]}
-    sure = sorted(confidence.values())
+    confidence = {e["path"]: e["confidence"] for e in found}
+    sure = sorted(e["confidence"] for e in found if e["character"])
     limit = sure[len(sure) // 2]
     flags = ("--input", folder, "--min-confidence", limit, "--format")
     _, out, err = run(*flags, "json")
-    doubtful = [e for e in entries(out) if e["path"] in confidence and not e["character"]]
+    doubtful = [e for e in entries(out) if "--min-confidence" in (e["error"] or "")]
     for entry in doubtful:
         assert entry["confidence"] == confidence[entry["path"]] <= limit
-        assert (len(entry["alternatives"]), "--min-confidence" in entry["error"]) == (3, True)
+        assert (len(entry["alternatives"]), entry["character"]) == (3, None)
     assert 0.3 * len(sure) < len(doubtful) < 0.7 * len(sure)
     assert f"{len(doubtful)} doubtful" in err
     code, out, _ = run(*flags, "ascii")
@@ -250,7 +245,7 @@ def test_ascii_lines_are_the_origins_one_for_each_picture(run, folder):
     assert any(line.endswith(r"/new\nline.png") for line in lines)
     assert any(line.endswith(r"/not utf-8 \udcff\udcfe.png") for line in lines)
     assert any(line.endswith('/comma, and "quote".png') for line in lines)
-    assert f"{folder}/blank.png: blank: nothing is written\n" in err
+    assert f"{folder}/blank.png: {inference.BLANK}\n" in err
     assert f"{folder}/wreck.jpg: " in err
     assert "84 pictures: 82 answered, 1 blank, 1 unreadable, 1 other files passed over" in err
 
@@ -271,13 +266,11 @@ def test_csv_and_json_carry_every_path_to_the_byte(run, folder):
         others = dict(pair.split(":") for pair in row["alternatives"].split())
         assert {c: float(p) for c, p in others.items()} == entry["alternatives"]
         p = [entry["confidence"], *entry["alternatives"].values()]
-        if entry["character"]:
+        if entry["character"]:  # what is missing of 1 is that nothing is written
             assert p == sorted(p, reverse=True)
-            assert len(p) == 36
-            assert 0.5 < sum(p) < 1.003  # the rest: that nothing is written
-        elif entry["error"].startswith("blank"):
-            assert p[0] >= 0.5
-            assert sum(p) == pytest.approx(1, abs=0.003)
+            assert (len(p), 0.5 < sum(p) < 1.003) == (36, True)
+        elif entry["error"] == inference.BLANK:
+            assert (len(p), sum(p)) == (37, pytest.approx(1, abs=0.003))
         else:
             assert p == [None]
     answers = [f"{ord(row['character']):03d}".encode() for row in of_csv if row["character"]]
