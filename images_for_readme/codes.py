@@ -8,8 +8,8 @@ cells/anna_00.png. valid.txt holds a code a line, of any lengths. A cell without
 stand anywhere where a code is shorter than the row of cells; one within a code, where a character
 should be, speaks for no character and costs what such a gap costs. Columns of the csv:
 
-    form, read, confidence: the code as read, a blank as a space, a cell that could be anything as
-        ?; the probability of its most doubtful cell
+    form, read, confidence: the code as read, a blank as a space, what is no character as ?; the
+        probability of its most doubtful cell
     likeliest: the valid code that is; without a list, there are only the first three columns
     lead: by how many nats it leads over the next
     behind: how many nats it is behind the code as read: far, if none of the list was written
@@ -27,7 +27,8 @@ from typing import NamedTuple
 import numpy as np
 
 ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-BLANK = len(ALPHABET)  # column of a blank; the one after it is for any other character
+COLUMNS = ALPHABET + " ?"  # what a cell shows: a character, nothing, something else
+BLANK = COLUMNS.index(" ")
 SMALLEST = 1e-6  # probability of what inference.py writes as 0.0000
 FLOOR = 1e-3  # probability that a cell shows what the net does not see in it, at least
 DENIED = 1e-30  # probability of what a person or a pattern rules out
@@ -70,19 +71,18 @@ def read_rows(file: Path, columns: Iterable[str]) -> list[dict[str, str]]:
 def read_cell(row: dict[str, str]) -> np.ndarray:
     """Return the probabilities of a cell by column, more than 0: (38,).
 
-    What the characters of a row leave to 1 is the blank's: `--topk 36` lists them all.
+    What the characters listed leave to 1 is the blank's, or, where a cell shows none, the "?"'s.
     """
     try:
         listed = {pair[0]: float(pair[2:]) for pair in row["alternatives"].split()}
-        answer = " " if row["error"].startswith("blank") else row["character"]
-        if answer:
-            listed[answer] = float(row["confidence"] or 1)
+        is_blank = row["error"].startswith("blank")
+        if is_blank or row["character"]:
+            listed[" " if is_blank else row["character"]] = float(row["confidence"] or 1)
     except ValueError as error:
         raise UsageError(f"{row['path']}: {error}: give what inference.py writes") from error
-    if listed:
-        listed.setdefault(" ", 1 - sum(listed.values()))
-    p = [listed.get(character, 0) for character in ALPHABET + " "]
-    return np.maximum([*p, 0], SMALLEST)
+    listed.setdefault("?" if row["error"] else " ", 1 - sum(listed.values()))
+    p = np.array([listed.get(column, 0) for column in COLUMNS])
+    return np.maximum(p, SMALLEST)
 
 
 def read_forms(
@@ -95,15 +95,16 @@ def read_forms(
     """
     cells: dict[str, list[np.ndarray]] = {}
     for row in rows:
-        form, mark, _ = row["path"].rpartition("_")
-        if not mark or "/" in _:
+        form, mark, number = row["path"].rpartition("_")
+        if not mark or "/" in number:
             raise UsageError(f"{row['path']}: no cell of a form: name it FORM_NUMBER.png")
         p = read_cell(row)
         place = len(cells.setdefault(form, []))
         if place < len(places):
-            p *= [character in places[place] for character in ALPHABET] + [True, False]
+            p *= [column in places[place] + " ?" for column in COLUMNS]
+            p[-1] += FLOOR
         if row["path"] in corrections:
-            p = np.eye(len(p))[(ALPHABET + " ").index(corrections[row["path"]])]
+            p = np.eye(len(COLUMNS))[COLUMNS.index(corrections[row["path"]])]
         cells[form].append(p / p.sum())
     for form, some in cells.items():
         if places and len(some) != len(places):
@@ -157,16 +158,16 @@ def read_valid(file: Path) -> list[str]:
 
 def join(p: np.ndarray) -> tuple[str, float]:
     """Return the code as read, and its least confidence."""
-    best, second = np.sort(p, axis=1)[:, :-3:-1].T
-    read = np.where(best == second, "?", np.array([*ALPHABET, " ", "?"])[p.argmax(1)])
-    return "".join(read), best.min()
+    read = "".join(COLUMNS[column] for column in p.argmax(1))
+    return read, p[:, :-1].max(1).min()
 
 
 def compute_scores(p: np.ndarray) -> np.ndarray:
-    """Return log probabilities of columns, nats; a blank lets each character be, at a cost."""
-    q = p.copy()
-    q[:, np.arange(q.shape[1]) != BLANK] += GAP * p[:, [BLANK]]
-    return np.log(np.where(q > 0, np.maximum(q, FLOOR), DENIED))
+    """Return log probabilities of columns, nats; where no character is, any can be, at a cost."""
+    gap = GAP * p[:, BLANK:].sum(1)
+    of_codes = p + gap[:, None]
+    of_codes[:, BLANK] = p[:, BLANK]
+    return np.log(np.where(of_codes > 0, np.maximum(of_codes, FLOOR), DENIED))
 
 
 def score_codes(scores: np.ndarray, codes: np.ndarray) -> np.ndarray:
@@ -191,7 +192,7 @@ def score_all(forms: Iterable[np.ndarray], valid: list[str]) -> tuple[np.ndarray
     for length in {len(code) for code in valid}:
         chosen = [i for i, code in enumerate(valid) if len(code) == length]
         found = [[ALPHABET.find(character) for character in valid[i]] for i in chosen]
-        codes = np.array(found)  # -1, of what is not in the alphabet, is the last column
+        codes = np.array(found)  # -1, of what is not in the alphabet: the "?"
         for i, scores in enumerate(of_forms):
             of_valid[i, chosen] = score_codes(scores, codes)
     return np.array([scores.max(1).sum() for scores in of_forms]), of_valid

@@ -17,7 +17,7 @@ from PIL import Image
 
 import inference
 import train
-from images_for_readme import drawings, study, tables
+from images_for_readme import codes, drawings, study, tables
 
 IMAGES = ROOT / "images_for_readme"
 RECORDS = study.read_records()
@@ -118,6 +118,7 @@ def test_commands_parse(command):
     parsers = {
         "inference.py": inference.parse,
         "train.py": train.parse,
+        "images_for_readme.codes": codes.parse,
         "images_for_readme.study": study.parse,
     }
     for number, word in enumerate(words):
