@@ -29,6 +29,7 @@ import numpy as np
 ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 COLUMNS = ALPHABET + " ?"  # what a cell shows: a character, nothing, something else
 BLANK = COLUMNS.index(" ")
+ROW = ("path", "character", "confidence", "alternatives", "error")
 SMALLEST = 1e-6  # probability of what inference.py writes as 0.0000
 FLOOR = 1e-3  # probability that a cell shows what the net does not see in it, at least
 DENIED = 1e-30  # probability of what a person or a pattern rules out
@@ -56,12 +57,9 @@ class Choice(NamedTuple):
 
 def read_rows(file: Path, columns: Iterable[str]) -> list[dict[str, str]]:
     """Return the rows of a csv that has these columns; paths may be any bytes."""
-    try:
-        with open(file, newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:
-            reader = csv.DictReader(stream, restval="")
-            rows = list(reader)
-    except (OSError, csv.Error) as error:
-        raise UsageError(f"{file}: {error}") from error
+    with open(file, newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:
+        reader = csv.DictReader(stream, restval="")
+        rows = list(reader)
     for column in columns:
         if column not in (reader.fieldnames or ()):
             raise UsageError(f"{file}: no column {column!r}: give what inference.py writes")
@@ -116,38 +114,34 @@ def read_corrections(file: Path) -> dict[str, str]:
     """Return characters by path, " " where somebody says that a cell is empty."""
     corrections = {}
     for row in read_rows(file, ("path", "character")):
-        character = row["character"].strip().upper() or " "
-        if len(character) > 1 or character not in ALPHABET + " ":
-            raise UsageError(f"{file}: {row['path']}: {character!r}: expected 0-9, A-Z, or nothing")
-        corrections[row["path"]] = character
+        corrections[row["path"]] = row["character"].upper() or " "
+        if corrections[row["path"]] not in [*ALPHABET, " "]:
+            raise UsageError(f"{file}: {row['character']}: expected 0-9, A-Z, or nothing")
     return corrections
 
 
 def read_pattern(text: str) -> list[str]:
     """Return which characters each place allows; text: a pattern, or a file of a line a place."""
-    try:
-        if Path(text).is_file():
-            lines = Path(text).read_text("utf-8-sig").split()
-            text = "".join(f"[{line.strip('[]')}]" for line in lines)
-        if not re.fullmatch(f"(?:{ELEMENT})+", text):
-            raise UsageError(f"--pattern {text}: expected such as [A-HJ-NPR-Z0-9]{{9}}[0-9]{{8}}")
-        places = []
-        for element, count in re.findall(ELEMENT, text):
+    if Path(text).is_file():
+        lines = Path(text).read_text("utf-8-sig", "replace").split()
+        text = "".join(f"[{line.strip('[]')}]" for line in lines)
+    if not re.fullmatch(f"(?:{ELEMENT})+", text):
+        raise UsageError(f"--pattern {text}: expected such as [A-HJ-NPR-Z0-9]{{9}}[0-9]{{8}}")
+    places = []
+    for element, count in re.findall(ELEMENT, text):
+        try:
             allowed = re.findall(element, ALPHABET, re.IGNORECASE)
-            places += ["".join(allowed)] * int(count or 1)
-        return places
-    except (OSError, ValueError, re.error) as error:
-        raise UsageError(f"--pattern {text}: {error}") from error
+        except re.error as error:
+            raise UsageError(f"--pattern {element}: {error}") from error
+        places += ["".join(allowed)] * int(count or 1)
+    return places
 
 
 def read_valid(file: Path) -> list[str]:
     """Return the codes of a list, each once, in capitals and without spaces."""
-    try:
-        lines = file.read_text("utf-8-sig").upper().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file}: {error}") from error
-    codes = ["".join(line.split()) for line in lines]
-    valid = list(dict.fromkeys(code for code in codes if code))
+    lines = file.read_text("utf-8-sig", "replace").upper().splitlines()
+    codes = dict.fromkeys("".join(line.split()) for line in lines)
+    valid = [code for code in codes if code]
     if not valid:
         raise UsageError(f"{file}: no codes: expected one a line")
     return valid
@@ -241,11 +235,8 @@ def assign(as_read: np.ndarray, scores: np.ndarray, limit: float) -> list[Choice
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python3 -m images_for_readme.codes",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("cells", type=Path, help="csv of inference.py --topk 36")
     add("valid", type=Path, nargs="?", help="the codes that can be, one a line")
@@ -257,35 +248,35 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def find_codes(args: argparse.Namespace) -> list[list]:
+def find_codes(args: argparse.Namespace) -> list[list[str]]:
     """Return the rows of the csv that is asked for, its head first."""
     corrections = read_corrections(args.corrections) if args.corrections else {}
     places = read_pattern(args.pattern) if args.pattern else []
-    rows = read_rows(args.cells, ("path", "character", "confidence", "alternatives", "error"))
-    forms = read_forms(rows, corrections, places)
-    joined = [[form, *join(p)] for form, p in forms.items()]
-    table = [[form, read, f"{confidence:.4f}"] for form, read, confidence in joined]
+    forms = read_forms(read_rows(args.cells, ROW), corrections, places)
+    table = [["form", "read", "confidence"]]
+    for form, p in forms.items():
+        read, confidence = join(p)
+        table.append([form, read, f"{confidence:.4f}"])
     if not args.valid:
-        return [["form", "read", "confidence"], *table]
+        return table
     valid = read_valid(args.valid)
     as_read, scores = score_all(forms.values(), valid)
-    once = args.once
-    choices = assign(as_read, scores, args.behind) if once else choose(as_read, scores)
-    for row, choice in zip(table, choices, strict=True):
-        if choice.code is None:
+    choices = assign(as_read, scores, args.behind) if args.once else choose(as_read, scores)
+    table[0] += ["likeliest", "lead", "behind", "do"]
+    for row, (code, lead, behind) in zip(table[1:], choices, strict=True):
+        if code is None:
             row += ["", "", "", "look"]
             continue
-        accepted = choice.lead >= args.lead and choice.behind <= args.behind
-        lead = "" if choice.lead > NO_NEXT / 2 else f"{choice.lead:.1f}"
-        row += [valid[choice.code], lead, f"{choice.behind:.1f}", "accept" if accepted else "look"]
-    return [["form", "read", "confidence", "likeliest", "lead", "behind", "do"], *table]
+        do = "accept" if lead >= args.lead and behind <= args.behind else "look"
+        row += [valid[code], f"{lead:.1f}" if lead < NO_NEXT / 2 else "", f"{behind:.1f}", do]
+    return table
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
     try:
         table = find_codes(parse(arguments))
-    except UsageError as error:
+    except (OSError, csv.Error, UsageError) as error:
         print(f"codes: {error}", file=sys.stderr)
         return 2
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")

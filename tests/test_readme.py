@@ -247,7 +247,7 @@ def test_measured_weights_come_from_a_recorded_run_or_are_said_to_be_history():
 
 
 @pytest.mark.parametrize(
-    "name", ["shipped", "field", "alone", "single", "scenes", "sizes", "samples"]
+    "name", ["shipped", "field", "alone", "single", "scenes", "sizes", "samples", "codes"]
 )
 def test_what_was_measured_are_the_shipped_weights(name):
     weights = hashlib.sha256((ROOT / "model.pt").read_bytes()).hexdigest()
