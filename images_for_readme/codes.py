@@ -273,7 +273,8 @@ def find_codes(args: argparse.Namespace) -> list[list[str]]:
             row += ["", "", "", "look"]
             continue
         do = "accept" if lead >= args.lead and behind <= args.behind else "look"
-        row += [valid[code], f"{lead:.1f}" if lead < NO_NEXT / 2 else "", f"{max(behind, 0):.1f}", do]
+        shown = f"{lead:.1f}" if lead < NO_NEXT / 2 else ""
+        row += [valid[code], shown, f"{max(behind, 0):.1f}", do]
     return table
 
 
