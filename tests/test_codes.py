@@ -55,6 +55,11 @@ def test_cells_are_joined_with_their_least_confidence(run, tmp_path):
     cells = {"b": ["B", "0,0.7000,O:0.2000 Q:0.1000,0O,"], "a": ["A", BLANK, old_blank, doubtful]}
     rows = run(write(tmp_path, **cells, c=["1", ",,,,can't be read: it is none"]), None)
     assert list(rows) == ["b", "a", "c"]
+    scribble = ",0.8000,A:0.1500 4:0.0500,,no single character: what is written looks like none"
+    assert run(write(tmp_path, a=["A", scribble]), None)["a"] == {
+        "read": "A?",
+        "confidence": "0.1500",
+    }
     assert rows["b"] == {"read": "B0", "confidence": "0.7000"}
     assert rows["a"] == {"read": "A  O", "confidence": "0.5000"}
     assert (rows["c"]["read"], float(rows["c"]["confidence"]) < 0.1) == ("1?", True)
@@ -68,9 +73,8 @@ def test_the_likeliest_code_is_that_of_all_placements_by_brute_force():
     (as_read,), (scores,) = codes.score_all([p], valid)
 
     def cost(cell: np.ndarray, character: str) -> float:
-        blank = cell[36]
-        likely = cell["0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ".index(character)] + codes.GAP * blank
-        return math.log(max(likely, codes.FLOOR))
+        shown = cell["0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ".index(character)]
+        return math.log(max(shown + codes.GAP * (cell[36] + cell[37]), codes.FLOOR))
 
     for code, score in zip(valid, scores, strict=True):
         best = -math.inf
@@ -148,7 +152,8 @@ def test_a_pattern_leaves_out_what_a_place_does_not_allow(run, tmp_path, kind):
         pattern.write_text("A-HJ-NPR-Z\nA-HJ-NPR-Z\n0-9\n")
     rows = run(write(tmp_path, a=["A", i, o]), None, "--pattern", pattern)
     assert rows["a"]["read"] == "AL0"
-    assert float(rows["a"]["confidence"]) == pytest.approx(1, abs=1e-3)  # L, of all that may be
+    assert float(rows["a"]["confidence"]) == pytest.approx(1, abs=0.02)  # 0, of digits and ?
+    assert run(write(tmp_path, a=["A", "B", "C"]), None, "--pattern", pattern)["a"]["read"] == "AB?"
 
 
 def test_two_forms_do_not_share_a_code_with_once(run, tmp_path):
@@ -168,8 +173,8 @@ def test_two_forms_do_not_share_a_code_with_once(run, tmp_path):
         (HEAD + "a.png,1,1.0,,,\n", [], "a.png: no cell of a form"),
         ("path,character\na_0.png,1\n", [], "cells.csv: no column 'confidence'"),
         (HEAD + "a_0.png,1,much,,,\n", [], "a_0.png: could not convert"),
-        (None, [], "cells.csv: "),
-        (HEAD, ["nowhere.txt"], "nowhere.txt: "),
+        (None, [], "No such file"),
+        (HEAD, ["nowhere.txt"], "nowhere.txt'"),
         (HEAD, ["/dev/null"], "/dev/null: no codes"),
         (HEAD + "a_0.png,1,1.0,,,\n", ["--pattern", "[0-9]{2}"], "a: 1 cells, but the pattern has"),
         (HEAD, ["--pattern", "[9-0]"], "--pattern [9-0]: bad character range"),

@@ -17,7 +17,7 @@ from PIL import Image
 
 import inference
 import train
-from images_for_readme import drawings, study, tables
+from images_for_readme import codes, drawings, study, tables
 
 IMAGES = ROOT / "images_for_readme"
 RECORDS = study.read_records()
@@ -118,6 +118,7 @@ def test_commands_parse(command):
     parsers = {
         "inference.py": inference.parse,
         "train.py": train.parse,
+        "images_for_readme.codes": codes.parse,
         "images_for_readme.study": study.parse,
     }
     for number, word in enumerate(words):
@@ -246,7 +247,7 @@ def test_measured_weights_come_from_a_recorded_run_or_are_said_to_be_history():
 
 
 @pytest.mark.parametrize(
-    "name", ["shipped", "field", "alone", "single", "scenes", "sizes", "samples"]
+    "name", ["shipped", "field", "alone", "single", "scenes", "sizes", "samples", "codes"]
 )
 def test_what_was_measured_are_the_shipped_weights(name):
     weights = hashlib.sha256((ROOT / "model.pt").read_bytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""The README's snippets in Codes in boxes and Without torch, run as they stand there."""
+"""The README's snippets in Without torch, run as they stand there."""
 
 import contextlib
 import io
@@ -13,13 +13,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from PIL import Image, ImageDraw
-from strokes import drawn
 
 import CNN
 from picture import prepare
-
-CODES = {"anna": "40716352", "ben": "40716852", "cleo": "91028374", "blank": "4071_352"}
 
 
 @pytest.fixture
@@ -47,37 +43,6 @@ def printed(snippet: str, names: dict) -> list[list[str]]:
     with contextlib.redirect_stdout(io.StringIO()) as out:
         exec(snippet, names)
     return [line.split() for line in out.getvalue().splitlines()]
-
-
-def test_codes_in_boxes_are_cut_read_joined_and_looked_up(snippets, tmp_path):
-    cut, read, join = snippets("Codes in boxes")
-    (tmp_path / "cells").mkdir()
-    for person, code in CODES.items():
-        strip = Image.new("L", (8 * 60, 60), 255)
-        for i, character in enumerate(code):
-            if character != "_":
-                strip.paste(drawn(character, 40, seed=i), (60 * i + 10, 10))
-            ImageDraw.Draw(strip).rectangle((60 * i, 0, 60 * i + 59, 59), outline=90)
-        strip.save(tmp_path / "form.png")
-        printed(cut, {})
-        for cell in (tmp_path / "cells").glob("form_*.png"):
-            cell.rename(cell.with_name(cell.name.replace("form", person)))
-    subprocess.run(read, shell=True, stderr=subprocess.DEVNULL)
-    valid = ["40716352", "40716852", "91028374", "40716359", "12345678"]
-    (tmp_path / "valid.txt").write_text("\n".join(valid))
-
-    found = {form.removeprefix("cells/"): others for form, *others in printed(join, {})}
-    assert found.keys() == CODES.keys()
-    for person, (code, least, likeliest, lead) in found.items():
-        blank = CODES[person].find("_")
-        if blank >= 0:
-            assert float(least) == 0.1
-            code = f"{code[:blank]}_{code[blank + 1 :]}"
-        else:
-            assert 0.3 < float(least) <= 1
-        assert code == CODES[person]
-        assert likeliest == code.replace("_", "6")
-        assert float(lead) > 3
 
 
 def test_without_torch_the_probabilities_are_the_same(snippets, tmp_path, monkeypatch):
