@@ -118,10 +118,11 @@ def read_first(path: str | os.PathLike, size: int) -> tuple[Image.Image, np.ndar
 
 
 def propose(grey: np.ndarray, size: int) -> list[Reading]:
-    """Return every plain reading of a picture: of each view the ink, with and without ruled lines,
-    and of its parts all or some; as it is, if it may be EMNIST's own; and that nothing is written.
+    """Return every plain reading of a grey picture (H, W) uint8.
 
-    grey: (H, W) uint8. Of readings with the same image the likeliest is returned.
+    Of each view the ink, with and without ruled lines, and of its parts all or some; the picture as
+    it is, if it may be EMNIST's own; and that nothing is written. Of readings with the same image
+    the likeliest is returned.
     """
     readings = []
     emnist_image = as_emnist(grey, size)
