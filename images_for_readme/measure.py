@@ -1,17 +1,21 @@
 """What the study measures of a weights file, mostly by running inference.py on labelled pictures.
 
-A labelled set is a folder SET/CHARACTER/PICTURE; ../shared/field holds eight of them. The scores of
-a set are these also in the tests and the benchmarks.
+A labelled set is a folder SET/CHARACTER/PICTURE; ../shared/field holds thirteen of them. The scores
+of a set are these also in the tests and the benchmarks.
 """
 
 import argparse
+import importlib
 import json
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
+from types import ModuleType
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -85,8 +89,9 @@ def score(rows: list[dict], told: list[dict]) -> dict[str, float]:
 
 def calibration_error(rows: list[dict]) -> float:
     """Return the expected calibration error of the answers, a fraction."""
-    confidence = torch.tensor([row["confidence"] or 0.0 for row in rows])
-    right = torch.tensor([float(row["character"] == row["truth"]) for row in rows])
+    answered = [row for row in rows if row["character"]]
+    confidence = torch.tensor([row["confidence"] for row in answered])
+    right = torch.tensor([float(row["character"] == row["truth"]) for row in answered])
     return CNN.calibration_error(confidence, right)
 
 
@@ -104,6 +109,11 @@ def doubt(rows: list[dict]) -> list[dict]:
 
 SIDES = (28, 20, 14, 10, 8, 7)  # px, to which test pictures are shrunk
 SINGLE_CLASS = 15  # pictures: a smaller class says too little about a folder of one class
+FIRST_SETS = (  # which records before 2026-11-28 are of
+    "chars74k_hnd chars74k_hnd_rerendered chars74k_trj_thin hwd1000_canvas28 kassel16x8 "
+    "optdigits32 optdigits8 tama_canvas"
+).split()
+FIRST_MEAN = "mean of the first eight"
 STAND_IN = """import os, sys
 os.execv(sys.executable, [sys.executable, {script!r}, *sys.argv[1:], *{flags!r}])
 """
@@ -138,7 +148,10 @@ def shipped(args: argparse.Namespace, scratch: Path) -> tuple[str, dict]:
 
 
 def field(args: argparse.Namespace, scratch: Path) -> tuple[str, dict]:
-    """Measure on labelled sets, each by a run of its own; the last row is their mean."""
+    """Measure on labelled sets, each by a run of its own; the last row is their mean.
+
+    The row before it, for comparing with older records, is the mean of FIRST_SETS.
+    """
     folders = [path for path in sorted(args.field.resolve().iterdir()) if path.is_dir()]
     rows = []
     pooled = []
@@ -147,10 +160,22 @@ def field(args: argparse.Namespace, scratch: Path) -> tuple[str, dict]:
         row = {"set": folder.name, "pictures": len(answers), **score(answers, told)}
         rows.append(row | {"ECE": calibration_error(answers)})
         pooled += answers
-    mean = {key: np.mean([row[key] for row in rows]) for key in (*SCORES, "ECE")}
-    rows.append({"set": "mean of sets", "pictures": len(pooled), **mean})
+    first = [row for row in rows if row["set"] in FIRST_SETS]
+    means = [average(first, FIRST_MEAN)] if len(first) == len(FIRST_SETS) else []
     data = f"{len(pooled):,} pictures of {len(folders)} field sets"
-    return data, {"rows": rows, "doubt": doubt(pooled)}
+    return data, {"rows": [*rows, *means, average(rows, "mean of sets")], "doubt": doubt(pooled)}
+
+
+def average(rows: list[dict], name: str) -> dict:
+    """Return the row that is the mean of the rows of some sets."""
+    mean = {key: np.mean([row[key] for row in rows]) for key in (*SCORES, "ECE")}
+    return {"set": name, "pictures": sum(row["pictures"] for row in rows), **mean}
+
+
+def alone(args: argparse.Namespace, scratch: Path) -> tuple[str, dict]:
+    """Measure on labelled sets, each picture judged alone."""
+    args.flags.append("--no-adapt")
+    return field(args, scratch)
 
 
 def single(args: argparse.Namespace, scratch: Path) -> tuple[str, dict]:
@@ -179,22 +204,101 @@ def single(args: argparse.Namespace, scratch: Path) -> tuple[str, dict]:
     return f"{len(alone)} classes of the field sets, each a folder", {"rows": [row]}
 
 
-def scenes(args: argparse.Namespace, scratch: Path) -> tuple[str, dict]:
-    """Draw scenes and score them, both by the script that comes with them.
+def score_drawn(script: Path, args: argparse.Namespace, scratch: Path) -> list[str]:
+    """Draw pictures into scratch/drawn and score them, both by a script of ../shared.
 
-    It scores the inference.py of the folder that it is started in: one that adds our flags.
+    It scores the inference.py of the folder that it is started in: one that adds our flags. Returns
+    the lines that it prints.
     """
-    draw = [sys.executable, str(args.scenes.resolve())]
-    subprocess.run([*draw, str(scratch / "scenes")], cwd=ROOT, check=True)
+    draw = [sys.executable, str(script.resolve())]
+    drawn = str(scratch / "drawn")
+    subprocess.run([*draw, drawn], cwd=ROOT, check=True)
     stand_in = STAND_IN.format(script=str(ROOT / "inference.py"), flags=args.flags)
     (scratch / "inference.py").write_text(stand_in)
-    command = [*draw, "--score", str(scratch / "scenes")]
+    command = [*draw, "--score", drawn]
     run = subprocess.run(command, cwd=scratch, check=True, text=True, stdout=subprocess.PIPE)
-    *lines, means = run.stdout.splitlines()
+    return run.stdout.splitlines()
+
+
+def scenes(args: argparse.Namespace, scratch: Path) -> tuple[str, dict]:
+    """Draw scenes and score them."""
+    *lines, means = score_drawn(args.scenes, args, scratch)
     pairs = [line.split() for line in lines]
     rows = [{"kind": kind, "right, %": float(right)} for kind, right in pairs]
     means = {group: float(right) for group, right in re.findall(r"(\w+) ([\d.]+)", means)}
     return "scenes drawn by ../shared/scenes/draw.py", {"rows": rows, "means": means}
+
+
+FORM_SCORES = ("right, %", "of whole ones, %", "called blank, %", "empty ones answered, %")
+DPI = (100, 150, 200, 300)
+GRID_MM = (0, 0.25, 0.5, 0.75, 1)  # by which the grid that cuts a form is off, in x and in y
+
+
+def forms(args: argparse.Namespace, scratch: Path) -> tuple[str, dict]:
+    """Draw rows of boxes and score their cells, by kind of box; the last row is the kinds' mean."""
+    by_kind: dict[str, list] = {}
+    for line in score_drawn(args.forms, args, scratch)[1:-1]:
+        kind, part, *scores = line.split()
+        if kind != "mean" or part == "all":
+            by_kind.setdefault(kind, []).append([float(text) for text in scores])
+    rows = []
+    for kind, scores_of_fields in by_kind.items():
+        row: dict = {"boxes": kind}
+        for key, value in zip(FORM_SCORES, np.mean(scores_of_fields, axis=0), strict=True):
+            row[key] = "" if np.isnan(value) else value  # of the control no box is empty
+        rows.append(row)
+    return "forms drawn by ../shared/forms/draw.py", {"rows": rows}
+
+
+def cells(args: argparse.Namespace, scratch: Path) -> tuple[str, dict]:
+    """Draw the same rows of thin boxes, each time with one thing the same in all of them."""
+    sys.path.insert(0, str(args.forms.resolve().parent))
+    drawing = importlib.import_module(args.forms.stem)
+    hands = drawing.read_hands(scratch / "hands.pickle")
+    changes = list_changes(drawing)
+    for name, (patches, off) in changes.items():
+        with patch.multiple(drawing, **patches):
+            thin = {"thin": drawing.KINDS["thin"]}
+            drawing.draw(scratch / name, hands, thin, off=off)
+    rows = [{"the same in all": name} for name in changes]
+    for part, alphabet in drawing.ALPHABETS.items():
+        folders = [scratch / name / "thin" / part for name in changes]
+        runs = classify(folders, "--alphabet", alphabet, *args.flags)
+        for row, answers in zip(rows, runs, strict=True):
+            truths = [Path(answer["path"]).stem[-1] for answer in answers]
+            pairs = zip(answers, truths, strict=True)
+            filled = [answer | {"truth": truth} for answer, truth in pairs if truth not in "_-"]
+            row[f"{part}, %"] = accuracy(filled, MERGED)
+    for row in rows:
+        row["mean, %"] = np.mean([value for value in row.values() if isinstance(value, float)])
+    return "thin boxes drawn by ../shared/forms/draw.py, by 24 writers", {"rows": rows}
+
+
+def list_changes(drawing: ModuleType) -> dict[str, tuple[dict, tuple]]:
+    """Return what is the same in all rows drawn: how draw.py is patched, and its grid, in px."""
+    plain = (2, 6)  # px of 200 dpi: draw.py's own
+    changes: dict[str, tuple[dict, tuple]] = {"nothing": ({}, plain)}
+    for dpi in DPI:
+        changes[f"{dpi} dpi"] = ({"Row": partial(draw_at, drawing.Row, dpi)}, plain)
+    for level in drawing.LEVELS:
+        changes[level] = ({"degrade": partial(degrade_to, drawing.degrade, level)}, plain)
+    for pen, colour in drawing.PENS.items():
+        changes[f"{pen} pen"] = ({"PENS": dict.fromkeys(drawing.PENS, colour)}, plain)
+    for off in GRID_MM:
+        changes[f"grid off by {off:g} mm"] = ({}, (off * 200 / 25.4, off * 200 / 25.4))
+    return changes
+
+
+def draw_at(
+    row: Callable, our_dpi: int, boxes: int, size: np.ndarray, dpi: int = 0, *more
+) -> object:
+    """Make draw.py's Row, of another resolution."""
+    return row(boxes, size, our_dpi, *more)
+
+
+def degrade_to(degrade: Callable, our_level: str, rng, picture, level: str, dpi: int) -> np.ndarray:
+    """Degrade a page to another level."""
+    return degrade(rng, picture, our_level, dpi)
 
 
 def sizes(args: argparse.Namespace, scratch: Path) -> tuple[str, dict]:
@@ -293,4 +397,5 @@ def codes(args: argparse.Namespace, scratch: Path) -> tuple[str, dict]:
     return f"{len(cells)} rows of 8 boxes drawn by ../shared/forms/draw.py", {"rows": rows}
 
 
-PARTS = {part.__name__: part for part in (shipped, field, single, scenes, sizes, samples, codes)}
+ALL = (shipped, field, alone, single, scenes, forms, cells, sizes, samples, codes)
+PARTS = {part.__name__: part for part in ALL}

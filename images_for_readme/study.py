@@ -48,7 +48,8 @@ def read_records() -> dict[str, dict]:
 def keep(name: str, data: str, content: dict, device: str | torch.device = "cpu") -> None:
     """Write the record of what this command has found; it replaces the one of that name.
 
-    content: metrics and the like, what is None left out. Floats keep six digits.
+    content: metrics and the like, what is None left out. Floats keep six digits. A benchmark has
+    the digest of model.pt in its settings, as what `measure` writes has that of its weights.
     """
     records = read_records()
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
@@ -60,6 +61,7 @@ def keep(name: str, data: str, content: dict, device: str | torch.device = "cpu"
         "machine": name_machine(device),
         "data": data,
         "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+        "settings": {"weights": "model.pt", "sha256": digest(ROOT / "model.pt")},
     }
     for key in ("kind", "what", "claimed"):
         if key in records.get(name, {}):
@@ -80,10 +82,15 @@ def name_machine(device: str | torch.device) -> str:
     return f"{name}, torch {torch.__version__}"
 
 
+def digest(file: Path) -> str:
+    """Return the SHA-256 of a file."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
 def measure(part: str, args: argparse.Namespace) -> None:
     """Measure a part and keep its record, with the digest of the weights."""
-    digest = hashlib.sha256(args.model.read_bytes()).hexdigest()
-    settings = {"weights": args.model.name, "flags": args.flags, "sha256": digest}
+    sha256 = digest(args.model)
+    settings = {"weights": args.model.name, "flags": args.flags, "sha256": sha256}
     about = {"kind": "measured", "what": args.what, "settings": settings}
     flags = ["--model", str(args.model.resolve()), *args.flags]
     args = argparse.Namespace(**vars(args) | {"flags": flags})
@@ -185,7 +192,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     shared = ROOT.parent / "shared"
     add("--field", type=Path, default=shared / "field", help="labelled: SET/CHARACTER/PICTURE")
     add("--scenes", type=Path, default=shared / "scenes" / "draw.py", help="draws and scores them")
-    add("--forms", type=Path, default=shared / "forms" / "draw.py", help="draws them")
+    add("--forms", type=Path, default=shared / "forms" / "draw.py", help="draws and scores them")
     add("--name", help="of the record, where it isn't the part's")
     add("--what", help="one line for the tables")
     args, flags = parser.parse_known_args(argv)

@@ -10,7 +10,7 @@ from functools import partial
 
 import numpy as np
 
-from images_for_readme.measure import SCORES
+from images_for_readme.measure import FIRST_MEAN, SCORES
 
 Records = dict[str, dict]  # by name
 BLOCK = re.compile(r"(<!-- (?:table|output): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -23,6 +23,21 @@ METRICS = {
     "classes": ("mean of the classes", ".2f"),
     "nll": ("negative log-likelihood, nats", ".4f"),
     "ece": ("expected calibration error", ".4f"),
+}
+FEATURES = {  # of a reading, in picture.py; the first two are the net's
+    "log_p": "log probability of its likeliest character, a nat",
+    "distance": "distance to that character's class mean, a median of validation",
+    "left_out": "ink off the rim and off lines that is left out, all of it",
+    "parts_left_out": "each part left out that lies mostly off the rim",
+    "parts_kept": "each part kept beyond the first",
+    "offset": "offset of what is kept from the centre, half a side",
+    "at_rim": "kept ink in the outer 12 %, all of it",
+    "open_ends": "a line is taken out that ends free, as strokes do",
+    "unlikely": "ink is as light, or as dark, as paper is more likely to be",
+    "blank": "blank: nothing is kept",
+    "blank_and_small": "blank: each octave by which the side is below 40 px",
+    "stroke_extent": "blank: longest part among thin strokes, a side",
+    "ink_extent": "blank: longest part in the first view, a side",
 }
 
 
@@ -66,19 +81,34 @@ def show_summary(records: Records) -> str:
     known = f"{test['digits_known']:.1f} · {test['letters_known']:.1f}"
     field = records["field"]
     means = " · ".join(f"{field['rows'][-1][score]:.1f}" for score in SCORES)
-    scenes = records["scenes"]["means"]["scene"]
-    speed = " · ".join(f"{row['ours']:,.0f}" for row in records["bench-inference"]["rows"])
-    training = records["bench-gpu"]["full_run_seconds"]
+    field_on = (
+        f"{field['data']}: right · with 0/O and 1/I/L as one · where it is told whether digits "
+        "or letters come"
+    )
+    scenes = records["scenes"]["means"]
+    drawn = f"{scenes['scene']:.1f} · {scenes['empty']:.1f} %"
+    boxes = records["forms"]["rows"][-1]
+    cells = f"{boxes['of whole ones, %']:.1f} · {boxes['empty ones answered, %']:.1f} %"
+    bench = records["bench-inference"]
+    speed = " · ".join(f"{row['ours']:,.0f}" for row in bench["rows"])
+    machine = f"two cores, {bench['machine'].partition(',')[0]}"
     rows = [
         ("right, of all 36 classes", f"{test['accuracy']:.1f} %", "half of EMNIST's test set"),
-        ("right, digits alone · letters alone", f"{known} %", "the same"),
-        ("right, by other hands", f"{means} %", field["data"]),
-        ("right, in shadows, frames, boxes, on rules", f"{scenes:.1f} %", "drawn scenes"),
-        ("small PNGs · photographs a second", speed, "two cores of a Xeon with AMX"),
-        ("training, start to weights", f"{training:.0f} s", "an H100"),
+        ("right, digits alone · letters alone", f"{known} %", "the same, told which of them"),
+        ("right, by other hands", f"{means} %", field_on),
+        ("right in shadows, frames, on rules · empty ones blank", drawn, "drawn scenes"),
+        ("right in boxes of forms · empty ones answered", cells, "drawn forms, six kinds of box"),
+        ("small PNGs · photographs a second", speed, machine),
         ("weights", f"{shipped['bytes'] / 1e6:.1f} MB", f"{shipped['parameters']:,} parameters"),
     ]
     return format_table([dict(zip(("", "here", "on"), row, strict=True)) for row in rows])
+
+
+def show_weights(records: Records) -> str:
+    """Show the weights by which readings are compared, with what they weigh."""
+    weights = records["readings"]["weights"]
+    rows = [{"": FEATURES[name], "nats": f"{weight:.2f}"} for name, weight in weights.items()]
+    return format_table(rows)
 
 
 def show_shipped(records: Records) -> str:
@@ -115,7 +145,8 @@ def compare(records: Records, pattern: str) -> str:
     """Compare the weights whose records' names match; if they differ by their seed alone, in a row.
 
     What was measured of the weights NAME elsewhere is in the records field-NAME, alone-NAME (with
-    --no-adapt) and scenes-NAME; of the shipped ones, in field, alone and scenes.
+    --no-adapt) and scenes-NAME; of the shipped ones, in field, alone and scenes. Of field sets it
+    is the mean of the first eight, as older records have no others.
     """
     groups: dict[str, list[dict]] = {}
     for name, record in records.items():
@@ -127,14 +158,21 @@ def compare(records: Records, pattern: str) -> str:
             entry = {
                 "claimed": record.get("claimed"),
                 "test": record.get("test"),
-                "field": [field["rows"][-1][score] for score in SCORES] if field else None,
-                "alone": [alone["rows"][-1][score] for score in SCORES] if alone else None,
+                "field": find_scores(field) if field else None,
+                "alone": find_scores(alone) if alone else None,
                 "scenes": [scenes["means"][group] for group in ("scene", "junk")]
                 if scenes
                 else None,
             }
             groups.setdefault(record["what"], []).append(entry)
     return format_table([compare_seeds(what, group) for what, group in groups.items()])
+
+
+def find_scores(record: dict) -> list[float]:
+    """Return the SCORES of a record of field sets: the mean of the first eight, or of all."""
+    by_set = {row.get("set"): row for row in record["rows"]}
+    mean = by_set.get(FIRST_MEAN, record["rows"][-1])
+    return [mean[score] for score in SCORES]
 
 
 def compare_seeds(what: str, group: list[dict]) -> dict[str, str]:
@@ -169,6 +207,9 @@ TABLES: dict[str, Callable[[Records], str]] = {
     "adapting": partial(compare, pattern="field|alone"),
     "single": partial(show, names=["single"]),
     "scenes": partial(show, names=["scenes"]),
+    "forms": partial(show, names=["forms"]),
+    "cells": partial(show, names=["cells"]),
+    "readings": show_weights,
     "mixes": partial(compare, pattern="before|shipped|mix-[048]-.*"),
     "fonts": partial(compare, pattern="before|fonts-.*"),
     "corrections": partial(compare, pattern="own-.*"),

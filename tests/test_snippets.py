@@ -1,6 +1,7 @@
-"""The README's snippets in Without torch, run as they stand there."""
+"""The snippets in Codes in boxes and, in the study, in Without torch, run as they stand there."""
 
 import contextlib
+import csv
 import io
 import os
 import re
@@ -17,11 +18,14 @@ from conftest import ROOT
 import CNN
 from picture import prepare
 
+CODES = {"anna": "40716352", "ben": "40716852", "cleo": "91028374", "gap": "4071 352"}
+SHOWN = "CNN.py picture.py inference.py report.html model.pt tests images_for_readme".split()
+
 
 @pytest.fixture
 def snippets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
     """Return the snippets of a section, in a folder that looks like the project's."""
-    for name in ("CNN.py", "picture.py", "inference.py", "report.html", "model.pt", "tests"):
+    for name in SHOWN:
         (tmp_path / name).symlink_to(ROOT / name)
     python = tmp_path / "bin" / "python3"
     python.parent.mkdir()
@@ -30,26 +34,45 @@ def snippets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
     monkeypatch.setenv("PATH", f"{python.parent}:{os.environ['PATH']}")
     monkeypatch.chdir(tmp_path)
 
-    def snippets_of(section: str) -> list[str]:
-        text = (ROOT / "README.md").read_text()
-        found = re.search(rf"^## {section}\n(.*?)^## ", text, re.DOTALL | re.MULTILINE)
+    def snippets_of(section: str, page: str) -> list[str]:
+        text = (ROOT / page).read_text()
+        found = re.search(rf"^##+ {section}\n(.*?)(?:^##|\Z)", text, re.DOTALL | re.MULTILINE)
         return re.findall(r"```(?:python|bash)\n(.*?)```", found[1], re.DOTALL)
 
     return snippets_of
 
 
-def printed(snippet: str, names: dict) -> list[list[str]]:
-    """Run a snippet; return the words of each line that it prints."""
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        exec(snippet, names)
-    return [line.split() for line in out.getvalue().splitlines()]
+def test_codes_in_boxes_are_cut_read_and_looked_up(snippets, tmp_path):
+    cut, look_up = snippets("Codes in boxes", "README.md")
+    (tmp_path / "cells").mkdir()
+    for person, code in CODES.items():
+        strip = Image.new("L", (8 * 60, 60), 255)
+        for i, character in enumerate(code):
+            if character != " ":
+                strip.paste(drawn(character, 40, seed=i), (60 * i + 10, 10))
+            ImageDraw.Draw(strip).rectangle((60 * i, 0, 60 * i + 59, 59), outline=90)
+        strip.save(tmp_path / "form.png")
+        exec(cut, {})
+        for cell in (tmp_path / "cells").glob("form_*.png"):
+            cell.rename(cell.with_name(cell.name.replace("form", person)))
+    valid = ["40716352", "40716852", "91028374", "40716359", "12345678"]
+    (tmp_path / "valid.txt").write_text("\n".join(valid))
+    run = subprocess.run(look_up, shell=True, capture_output=True, text=True)
+
+    rows = list(csv.DictReader(run.stdout.splitlines()))
+    assert [row["form"] for row in rows] == [f"cells/{person}" for person in sorted(CODES)]
+    for row, (_, code) in zip(rows, sorted(CODES.items()), strict=True):
+        assert row["read"] == code
+        assert row["likeliest"] == code.replace(" ", "6")
+        assert row["do"] == "accept"
 
 
 def test_without_torch_the_probabilities_are_the_same(snippets, tmp_path, monkeypatch):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    export, use = snippets("Without torch")
-    printed(export, {})
+    export, use = snippets("Without torch", "images_for_readme/README.md")
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(export, {})
     assert [path.name for path in tmp_path.glob("*.onnx*")] == ["model.onnx"]
     alone = ["-c", f"import sys; sys.modules['torch'] = None\n{use}"]
     run = subprocess.run([sys.executable, *alone], capture_output=True, text=True)
