@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image, ImageDraw
+from strokes import drawn
 
 import CNN
 from picture import prepare
