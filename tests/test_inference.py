@@ -442,7 +442,8 @@ def test_a_signal_ends_it_and_what_was_answered_stays(weights, folder, tmp_path)
     ignored = signal.signal(signal.SIGINT, signal.default_int_handler)  # as CI in the background
     for number in (signal.SIGINT, signal.SIGTERM):
         output = tmp_path / f"{number}.json"
-        words = command(weights, "--input", many, "--format", "json", "--output", output)
+        flags = ("--no-adapt", "--format", "json", "--output", output)
+        words = command(weights, "--input", many, *flags)
         started[number] = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
     signal.signal(signal.SIGINT, ignored)
     for number, process in started.items():
