@@ -339,6 +339,7 @@ CLOSE_VOTE = 0.3  # of two: with less between them, either dark or light may be 
 TINY_SIDE = 12  # px: a picture with a shorter side has no strokes to tell apart
 ENLARGED_SIDE = 64  # px: smaller pictures are enlarged to this side, to find strokes
 STROKE_LIMIT = 0.22  # of the shorter side; what is wider is a shadow, a table, paper
+NOISE_SLOPE = 0.61  # of its deviation by px: the slope of white noise, by Sobel's kernels
 EDGE_SLOPE = 0.15  # of the contrast by px: edges of drawn clouds have 0.12 at most, of ink 0.2
 
 
@@ -397,10 +398,12 @@ def strokes_view(grey: np.ndarray, ink_is_light: bool) -> View | None:
     kernel = np.ones((width, width), np.uint8)
     border = {"borderType": cv2.BORDER_CONSTANT, "borderValue": beyond}
     light = cv2.morphologyEx(grey, operation, kernel, **border)
-    view = find_ink(light, max(LEAST_CONTRAST, NOISE_LIMIT * noise_deviation(grey)))
-    if view is None or edge_slope(light, view.mask) < EDGE_SLOPE * view.contrast:
+    noise = noise_deviation(grey)
+    view = find_ink(light, max(LEAST_CONTRAST, NOISE_LIMIT * noise))
+    if view is None:
         return None
-    return view
+    steepest_cloud = np.hypot(EDGE_SLOPE * view.contrast, NOISE_SLOPE * noise)
+    return view if edge_slope(light, view.mask) >= steepest_cloud else None
 
 
 def find_ink(light: np.ndarray, least_contrast: float) -> View | None:
