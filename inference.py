@@ -347,8 +347,8 @@ def in_order(submit: Callable, items: Iterable, ahead: int) -> Iterator[tuple[An
 
 BLOCK = 64  # images: a batch is filled up to whole blocks, as kernels differ by batch size
 TYPICALITY = 5.0  # nats that the median distance of validation weighs beside log probabilities
-LOG_P_WEIGHT = 2.13  # of a reading's score: of its likeliest character's log probability; this
-DISTANCE_WEIGHT = -0.40  # and that of the distance are fitted as the weights in picture.py are
+LOG_P_WEIGHT = 2.14  # of a reading's score: of its likeliest character's log probability; this
+DISTANCE_WEIGHT = -0.39  # and that of the distance are fitted as the weights in picture.py are
 DOUBT_SCORE = -2.5  # nats: where a first reading scores less, the others are asked for
 LEAST_EXTENT = 0.25  # of the side: a picture whose ink reaches as far is not blank
 UNREADABLE = "no single character: what is written looks like none"

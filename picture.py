@@ -45,17 +45,17 @@ class Features(NamedTuple):
 
 # Nats, of each feature, fitted by images_for_readme/readings.py on scenes, forms and field sets
 WEIGHTS = Features(
-    left_out=-1.47,
-    parts_left_out=-1.93,
-    parts_kept=-1.0,
-    offset=-1.28,
-    at_rim=-2.96,
-    open_ends=-0.8,
-    unlikely=-1.7,
-    blank=-1.35,
-    blank_and_small=-0.99,
-    stroke_extent=-3.19,
-    ink_extent=-2.13,
+    left_out=-1.41,
+    parts_left_out=-1.9,
+    parts_kept=-0.94,
+    offset=-1.26,
+    at_rim=-2.97,
+    open_ends=-0.81,
+    unlikely=-1.73,
+    blank=-1.33,
+    blank_and_small=-0.96,
+    stroke_extent=-3.31,
+    ink_extent=-2.11,
 )
 
 
