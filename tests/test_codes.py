@@ -93,7 +93,6 @@ def test_the_likeliest_code_is_that_of_all_placements_by_brute_force():
 
 
 def test_with_once_the_assignment_and_its_leads_are_the_best_of_all_by_brute_force():
-    pytest.importorskip("scipy")
     for seed in range(30):
         rng = np.random.default_rng(seed)
         forms, count = rng.integers(1, 5, 2)
@@ -157,7 +156,6 @@ def test_a_pattern_leaves_out_what_a_place_does_not_allow(run, tmp_path, kind):
 
 
 def test_two_forms_do_not_share_a_code_with_once(run, tmp_path):
-    pytest.importorskip("scipy")
     doubtful = ["1", "2", "3,0.5000,8:0.5000,,"]
     file = write(tmp_path, a=doubtful, b=[*"123"], c=[*"123"])
     alone = run(file, "123\n128\n555\n")
