@@ -314,8 +314,12 @@ def whiten(features: Tensor, whitening: Tensor) -> Tensor:
 
 
 def square_distances(whitened: Tensor, means: Tensor) -> Tensor:
-    """Return the squared distances (N, classes) of whitened features to whitened means."""
-    return torch.cdist(whitened, means, compute_mode="use_mm_for_euclid_dist").square()
+    """Return the squared distances (N, classes), float64, of whitened features to whitened means.
+
+    In single precision the fourth digit of a probability would depend on how many others there are.
+    """
+    whitened = whitened.double()
+    return torch.cdist(whitened, means.double(), compute_mode="use_mm_for_euclid_dist").square()
 
 
 def compute_statistics(

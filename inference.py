@@ -351,7 +351,7 @@ LOG_P_WEIGHT = 2.14  # of a reading's score: of its likeliest character's log pr
 DISTANCE_WEIGHT = -0.39  # and that of the distance are fitted as the weights in picture.py are
 DOUBT_SCORE = -2.5  # nats: where a first reading scores less, the others are asked for
 LEAST_EXTENT = 0.25  # of the side: a picture whose ink reaches as far is not blank
-UNREADABLE = "no single character: what is written looks like none"
+NO_CHARACTER = "no single character: what is written looks like none"
 TYPICAL_DISTANCE = 3.0  # medians of validation: what lies farther tells nothing about the folder
 DIGIT_PRIOR_WEIGHT = 3.6  # pictures that the digit prior in training counts for in the estimate
 WRITER_WEIGHT = 400.0  # precision of z beside that of a picture's features, 1; 100 to 1,000 do
@@ -510,6 +510,7 @@ def answer(
     weights, p_in_readings = weigh(looked, folder, card)
     p = weights @ p_in_readings  # (B, classes + 1)
     p_blank = p[:, -1].tolist()
+    p[:, -1] *= p[:, -1] >= 0.5  # so that the likeliest is the answer
     sources = (weights * p_in_readings.T[p.argmax(1)]).argmax(1).tolist()  # that say it most
     allowed = folder.log_prior.isfinite().nonzero()[:, 0]
     p, order = p[:, allowed].sort(dim=1, descending=True, stable=True)
@@ -529,7 +530,7 @@ def answer(
             pictures.append(with_answer(picture, ranked, card, args))
             continue
         is_written = reading.features.stroke_extent > LEAST_EXTENT
-        picture = picture._replace(error=UNREADABLE if is_written else BLANK)
+        picture = picture._replace(error=NO_CHARACTER if is_written else BLANK)
         others = tuple(ranked[: args.topk])
         pictures.append(picture._replace(confidence=its_p_blank, alternatives=others))
     return pictures

@@ -634,9 +634,9 @@ def find_all_ink(grey: np.ndarray) -> AllInk | None:
 
 def read_all_ink(grey: np.ndarray, ink: AllInk | None, size: int) -> Reading:
     """Take all ink for the character."""
-    if ink is None:
+    image = to_emnist_form(ink.view, ink.parts.mask(ink.chosen), size) if ink else None
+    if image is None:
         return read_blank(grey, 0.0, 0.0)
-    image = to_emnist_form(ink.view, ink.parts.mask(ink.chosen), size)
     return Reading(image, describe(ink.parts, ink.chosen, Features()))
 
 
@@ -771,8 +771,9 @@ LENGTH = 22 / 28  # of the result's side, of ink above INK_END; EMNIST's median 
 def to_emnist_form(view: View, mask: np.ndarray, size: int) -> np.ndarray | None:
     """Scale, centre, and bring to the width of EMNIST's strokes: (size, size) uint8.
 
-    mask: (H, W) uint8 of the character's ink. None where sharpening leaves nothing of it, as of a
-    speck in a long strip. A stroke's width is twice its area over the length of its outline.
+    mask: (H, W) uint8 of the character's ink. None where sharpening or thinning leaves nothing of
+    it, as of a speck in a long strip. A stroke's width is twice its area over the length of its
+    outline.
     """
     light, paper, contrast, _ = view
     reach = 1 if min(mask.shape) < PHOTO_SIDE else SOFT_EDGE
@@ -791,6 +792,8 @@ def to_emnist_form(view: View, mask: np.ndarray, size: int) -> np.ndarray | None
     outline = max(np.hypot(across, down).sum(), 1.0)
     width = 2 * ink.sum() / outline
     ink = move_outline(ink, (STROKE_WIDTH * FINE_LENGTH - width) / 2)
+    if ink.max() <= INK_END:
+        return None
     box = cv2.boundingRect(np.uint8(ink > INK_END))
     ink = square(ink, box, LENGTH * size, size, 0)
     return cv2.normalize(ink, None, 0, 255, cv2.NORM_MINMAX, cv2.CV_8U)

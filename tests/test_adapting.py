@@ -202,6 +202,21 @@ def test_answers_are_summed_over_readings_and_blank_is_one_of_them(card):
         assert found == pytest.approx(expected)
 
 
+def test_the_image_shown_is_the_answers_though_blank_is_likelier_than_each_character(card):
+    looked = write_folder(card, 3, 0.5, torch.zeros(3))
+    readings = [Reading(np.full((28, 28), 7, np.uint8), Features()), looked.readings[1]]
+    readings.append(Reading(None, Features(blank=1.0)))
+    owners = torch.zeros(3, dtype=torch.int64)
+    looked = looked._replace(pictures=looked.pictures[:1], readings=readings, owners=owners)
+    weights = torch.tensor([[0.3, 0.25, 0.45]])
+    p = torch.eye(37)[[10, 11, 36]]
+    args = inference.parse(["--input", "x"])
+    with patch.object(inference, "weigh", return_value=(weights, p)):
+        (picture,) = inference.answer(looked, beforehand(card), card, args)
+    assert picture.character == "A"
+    assert picture.image is readings[0].image
+
+
 def test_a_basis_is_learnt_that_explains_the_writers(card):
     """60 writers who differ in three ways, no two classes alike: nothing else is to be found."""
     random = torch.Generator().manual_seed(5)

@@ -151,8 +151,11 @@ def test_distances_are_those_of_mahalanobis():
     covariance = 0.8 * covariance + 0.2 * np.eye(6) * np.diag(covariance).mean()
     away = units[:, None] - means
     expected = np.einsum("ncd,de,nce->nc", away, np.linalg.inv(covariance), away)
-    distances = CNN.square_distances(CNN.whiten(features, found.whitening), found.means)
+    whitened = CNN.whiten(features, found.whitening)
+    distances = CNN.square_distances(whitened, found.means)
     np.testing.assert_allclose(distances, expected, rtol=1e-2, atol=1e-2)
+    one_by_one = [CNN.square_distances(one, found.means) for one in whitened.split(1)]
+    np.testing.assert_allclose(torch.cat(one_by_one), distances, rtol=1e-9)
     assert found.median == pytest.approx(np.median(expected[range(1800), labels]), rel=1e-2)
 
 

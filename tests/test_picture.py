@@ -160,6 +160,12 @@ def test_one_colour_is_not_ink(shape, level):
         fit(np.full(shape, level, np.uint8), SIZE)
 
 
+def test_a_gradient_across_a_narrow_strip_is_not_ink():
+    """Thinned to the width of strokes, nothing of it is left."""
+    with pytest.raises(ValueError, match=BLANK):
+        fit(np.tile(np.uint8([198, 205, 212]), (141, 1)), SIZE)
+
+
 def test_colours_of_equal_lightness_keep_their_contrast():
     mask = draw() < 128
     colours = np.where(mask[..., None], (220, 60, 60), (0, 172, 60)).astype(np.uint8)
