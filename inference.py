@@ -523,16 +523,15 @@ def answer(
         if picture.error:  # it could not be read
             pictures.append(picture)
             continue
-        reading = looked.readings[source]
-        picture = picture._replace(image=reading.image)
+        image, features = looked.readings[source]
+        picture = picture._replace(image=image)
         ranked = [(card.alphabet[label], p) for label, p in zip(its_labels, its_p, strict=True)]
         if its_p_blank < 0.5:
             pictures.append(with_answer(picture, ranked, card, args))
             continue
-        is_written = reading.features.stroke_extent > LEAST_EXTENT
-        picture = picture._replace(error=NO_CHARACTER if is_written else BLANK)
-        others = tuple(ranked[: args.topk])
-        pictures.append(picture._replace(confidence=its_p_blank, alternatives=others))
+        error = NO_CHARACTER if features.stroke_extent > LEAST_EXTENT else BLANK
+        picture = picture._replace(confidence=its_p_blank, error=error)
+        pictures.append(picture._replace(alternatives=tuple(ranked[: args.topk])))
     return pictures
 
 
@@ -546,7 +545,7 @@ def with_answer(
     character, confidence = ranked[0]
     pair = {character for character, _ in ranked[:2]}
     groups = [group for group in card.lookalikes if len(pair) == 2 and pair <= {*group}]
-    picture = picture._replace(confidence=confidence, lookalike="".join(groups[:1]), error="")
+    picture = picture._replace(confidence=confidence, lookalike="".join(groups[:1]))
     if confidence >= args.min_confidence:
         others = tuple(ranked[1 : args.topk])
         return picture._replace(character=character, alternatives=others)
@@ -558,10 +557,7 @@ def known_beforehand(card: CNN.Card, args: argparse.Namespace) -> Folder:
     """Return what --alphabet and --digits tell; all else is as in training. Raises UsageError."""
     import torch
 
-    try:
-        alphabet = parse_alphabet(args.alphabet, card.alphabet)
-    except ValueError as error:
-        raise UsageError(error) from None
+    alphabet = parse_alphabet(args.alphabet, card.alphabet)
     allowed = torch.tensor([character in alphabet for character in card.alphabet])
     log_prior = torch.zeros(len(allowed), dtype=torch.float64).masked_fill(~allowed, -math.inf)
     folder = Folder(log_prior, card.statistics.means)
@@ -670,7 +666,7 @@ def estimate_digits(p_digit: Tensor, usual: float) -> float:
 def parse_alphabet(text: str, known: str) -> str:
     """Return the characters that --alphabet allows, in the order of `known`; case folds.
 
-    text: characters and ranges such as A-F, in any mixture. Raises ValueError for any not known.
+    text: characters and ranges such as A-F, in any mixture. Raises UsageError for any not known.
     """
     parts = re.findall(".-.|.", text, re.DOTALL)
     parts = [part.upper() if part.isascii() else part for part in parts]  # not ß to SS
@@ -680,7 +676,7 @@ def parse_alphabet(text: str, known: str) -> str:
     ends = {end for part in parts for end in (part[0], part[-1])}
     if not parts or not ends <= allowed:
         expected = f"characters of {known}, or ranges such as A-F"
-        raise ValueError(f"--alphabet {text!r}: expected {expected}")
+        raise UsageError(f"--alphabet {text!r}: expected {expected}")
     return "".join(character for character in known if character in allowed)
 
 

@@ -201,8 +201,8 @@ class Split(NamedTuple):
     writers: tuple[str, ...] = ()  # of the extra images, which are the last ones; "": not known
 
     @property
-    def extra_count(self) -> int:
-        return len(self.writers)
+    def emnist_count(self) -> int:
+        return len(self.labels) - len(self.writers)
 
 
 def ensure_emnist(root: Path) -> None:
@@ -282,11 +282,9 @@ def load_splits(config: Config, machine: Machine) -> tuple[Split, ...]:
 def list_extra(source: Path) -> list[tuple[str, int, str]]:
     """Return paths, labels and writers, "" where not known, of extra images.
 
-    What is hidden or no class is passed over.
-
     source: a folder of folders named by character, as torchvision's ImageFolder has them, or a csv
     of path,character, as the page of inference.py --report saves corrections, or with a column
-    writer: from those it is learnt how writers differ.
+    writer: from those it is learnt how writers differ. What is hidden or no class is passed over.
     """
     if source.is_dir():
         paths = sorted(source.glob("[!.]*/[!.]*"))
@@ -352,13 +350,12 @@ CHUNK_STEPS = 16
 
 def extra_per_batch(split: Split, config: Config) -> int:
     """Return how many images of each batch are extra ones."""
-    return math.ceil(config.batch_size * config.extra_fraction) if split.extra_count else 0
+    return math.ceil(config.batch_size * config.extra_fraction) if split.writers else 0
 
 
 def steps_per_epoch(split: Split, config: Config) -> int:
     """Return how many whole batches EMNIST's images make, with the extra ones beside them."""
-    emnist_count = len(split.labels) - split.extra_count
-    return emnist_count // (config.batch_size - extra_per_batch(split, config))
+    return split.emnist_count // (config.batch_size - extra_per_batch(split, config))
 
 
 def draw_epoch(split: Split, epoch: int, config: Config) -> Tensor:
@@ -368,15 +365,14 @@ def draw_epoch(split: Split, epoch: int, config: Config) -> Tensor:
     and stand first: the first half of a batch is what gets augmented.
     """
     generator = torch.Generator().manual_seed(hash((config.seed, epoch)))
-    emnist_count = len(split.labels) - split.extra_count
     steps = steps_per_epoch(split, config)
     extra_size = extra_per_batch(split, config)
     emnist_size = config.batch_size - extra_size
-    order = torch.randperm(emnist_count, generator=generator)[: steps * emnist_size]
+    order = torch.randperm(split.emnist_count, generator=generator)[: steps * emnist_size]
     rows = order.view(steps, emnist_size)
     if extra_size:
         size = (steps, extra_size)
-        extra_rows = torch.randint(emnist_count, len(split.labels), size, generator=generator)
+        extra_rows = torch.randint(split.emnist_count, len(split.labels), size, generator=generator)
         rows = torch.cat([extra_rows, rows], dim=1)
     return rows
 
@@ -1015,7 +1011,7 @@ def fill_card(net: Net, training: Split, validation: Split, machine: Machine) ->
     digits = (validation.labels < CNN.DIGITS).sum().item()
     net.card.digit_prior = (digits + 1) / (len(logits) + 2)  # above 0 in any validation, below 1
     net.card.lookalikes = CNN.find_lookalikes(CNN.count_confusions(logits, validation.labels))
-    labels = training.labels[: len(training.labels) - training.extra_count]
+    labels = training.labels[: training.emnist_count]
     per_class = [(labels == i).nonzero()[:STATISTICS_IMAGES, 0] for i in range(len(ALPHABET))]
     rows = torch.cat(per_class)
     _, known = CNN.predict(net, training.images[rows], machine.precision)

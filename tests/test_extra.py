@@ -40,7 +40,7 @@ def split_of(count: int) -> train.Split:
 
 def test_folders_are_read_fitted_and_appended(pictures, capsys):
     both = train.add_extra(split_of(50), train.list_extra(pictures))
-    assert both.extra_count == 7
+    assert len(both.writers) == 7
     assert [CNN.ALPHABET[i] for i in both.labels[50:].tolist()] == list("777AAQQ")
     assert both.images[50:].amax((1, 2)).tolist() == [255] * 7  # fitted: ink 255 on 0
     assert both.images[50:, 0].max() == 0
