@@ -277,7 +277,8 @@ def cells(args: argparse.Namespace, scratch: Path) -> tuple[str, dict]:
 def list_changes(drawing: ModuleType) -> dict[str, tuple[dict, tuple]]:
     """Return what is the same in all rows drawn: how draw.py is patched, and its grid, in px."""
     plain = (2, 6)  # px of 200 dpi: draw.py's own
-    changes: dict[str, tuple[dict, tuple]] = {"nothing": ({}, plain)}
+    unchanged = {"Row": drawing.Row}
+    changes: dict[str, tuple[dict, tuple]] = {"nothing": (unchanged, plain)}
     for dpi in DPI:
         changes[f"{dpi} dpi"] = ({"Row": partial(draw_at, drawing.Row, dpi)}, plain)
     for level in drawing.LEVELS:
@@ -285,7 +286,7 @@ def list_changes(drawing: ModuleType) -> dict[str, tuple[dict, tuple]]:
     for pen, colour in drawing.PENS.items():
         changes[f"{pen} pen"] = ({"PENS": dict.fromkeys(drawing.PENS, colour)}, plain)
     for off in GRID_MM:
-        changes[f"grid off by {off:g} mm"] = ({}, (off * 200 / 25.4, off * 200 / 25.4))
+        changes[f"grid off by {off:g} mm"] = (unchanged, (off * 200 / 25.4,) * 2)
     return changes
 
 
