@@ -379,12 +379,12 @@ def learn_basis(
     sums = sums.view(*counts.shape, -1)  # (writers, classes, D)
 
     means = (sums / counts.clamp(min=1)[..., None]).flatten(1)
-    z = torch.linalg.svd(means, full_matrices=False)[0][:, :BASIS_SIZE] * len(means) ** 0.5
+    z = torch.linalg.eigh(means @ means.T)[1][:, -BASIS_SIZE:] * len(means) ** 0.5
     ridge = BASIS_RIDGE * torch.eye(z.shape[1])
     for _ in range(BASIS_ROUNDS):
         squares = torch.einsum("wc,wk,wl->ckl", counts, z, z) + ridge
         basis = torch.linalg.solve(squares, torch.einsum("wk,wcd->ckd", z, sums))
-        squares = torch.einsum("wc,ckd,cld->wkl", counts, basis, basis) + ridge
+        squares = torch.einsum("wc,ckl->wkl", counts, basis @ basis.mT) + ridge
         z = torch.linalg.solve(squares, torch.einsum("ckd,wcd->wk", basis, sums))
     return (basis * z.std(0, correction=0)[:, None]).float()  # so that of z is 1
 
