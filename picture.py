@@ -129,7 +129,7 @@ def propose(grey: np.ndarray, size: int) -> list[Reading]:
     if emnist_image is not None:
         readings.append(Reading(emnist_image, Features()))
     has_lines = min(grey.shape) >= PHOTO_SIDE
-    extents = []  # of blank, in the first two views
+    extents = []  # of the ink in each view
     for view, is_unlikely in see(grey):
         found = []
         extent = 0.0
@@ -137,7 +137,8 @@ def propose(grey: np.ndarray, size: int) -> list[Reading]:
             found, extent = read_view(view, is_unlikely, has_lines, size)
         readings += found
         extents.append(extent)
-    ink_extent, stroke_extent = extents[:2]
+    ink_extent = extents[0]
+    stroke_extent = extents[1] if min(grey.shape) >= TINY_SIDE else ink_extent
     readings.append(read_blank(grey, stroke_extent, ink_extent))
     likeliest: dict[bytes | None, Reading] = {}
     for reading in sorted(readings, key=lambda reading: -reading.score):
@@ -364,11 +365,8 @@ def see(grey: np.ndarray) -> Iterator[tuple[View | None, bool]]:
 
     First all ink, then thin strokes, then each with ink and paper the other way round.
     """
-    first = first_view(grey)
-    yield first, False
-    if min(grey.shape) < TINY_SIDE:
-        yield first, False  # there are no strokes to tell apart
-    else:
+    yield first_view(grey), False
+    if min(grey.shape) >= TINY_SIDE:
         ink_is_light = vote_on_paper(grey, FRAME_INSET) <= 0
         yield strokes_view(grey, ink_is_light), False
         yield strokes_view(grey, not ink_is_light), True
@@ -389,8 +387,8 @@ def strokes_view(grey: np.ndarray, ink_is_light: bool) -> View | None:
     That is what a morphological opening, or closing for dark ink, takes away (top-hat, black-hat),
     so that shadows and the table around a card are gone.
     """
-    if min(grey.shape) < ENLARGED_SIDE:
-        scale = ENLARGED_SIDE / min(grey.shape)
+    scale = min(ENLARGED_SIDE / min(grey.shape), STRIP_LENGTH / max(grey.shape))
+    if scale > 1:
         grey = cv2.resize(grey, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
     width = max(3, round(STROKE_LIMIT * min(grey.shape)) | 1)  # px, odd
     operation = cv2.MORPH_TOPHAT if ink_is_light else cv2.MORPH_BLACKHAT
