@@ -67,6 +67,14 @@ def show(records: Records, names: list[str], key: str = "rows") -> str:
     return format_table([row for name in names for row in records[name][key]])
 
 
+def show_peers(records: Records) -> str:
+    """Show how other programs read; not how fast, as much of their time is that of starting."""
+    rows = [dict(row) for row in records["peers"]["rows"]]
+    for row in rows:
+        row.pop("pictures/s", None)
+    return format_table(rows)
+
+
 def show_lines(records: Records, form: str, numbers: list[int | None]) -> str:
     """Show lines that inference.py printed over tests/samples; None: some are left out."""
     lines = records["samples"][form]
@@ -197,7 +205,7 @@ TABLES: dict[str, Callable[[Records], str]] = {
     "summary": show_summary,
     "ascii": partial(show_lines, form="ascii", numbers=[0, 1, None, 42, 43]),
     "csv": partial(show_lines, form="csv", numbers=[0, 1, 2, 33]),
-    "peers": partial(show, names=["peers"]),
+    "peers": show_peers,
     "shipped": show_shipped,
     "seeds": partial(compare, pattern="default-."),
     "field": partial(show, names=["field"]),
