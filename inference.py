@@ -222,7 +222,7 @@ class Readers:
             raise UsageError(f"processes that read pictures can't be started: {cause}") from None
 
     def restart(self) -> None:
-        """Replace the pool, which breaks where a worker dies that has nothing to do."""
+        """Replace the pool: it breaks where a worker dies outside of a task, as while starting."""
         if self.is_stopped:
             raise CancelledError
         self.restarts += 1
@@ -347,10 +347,13 @@ def in_order(submit: Callable, items: Iterable, ahead: int) -> Iterator[tuple[An
 
 BLOCK = 64  # images: a batch is filled up to whole blocks, as kernels differ by batch size
 TYPICALITY = 5.0  # nats that the median distance of validation weighs beside log probabilities
-LOG_P_WEIGHT = 2.14  # of a reading's score: of its likeliest character's log probability; this
-DISTANCE_WEIGHT = -0.39  # and that of the distance are fitted as the weights in picture.py are
+# A reading's score is Reading.score and these times its likeliest character's log probability and
+# distance; they are fitted with WEIGHTS in picture.py
+LOG_P_WEIGHT = 2.14
+DISTANCE_WEIGHT = -0.39
 DOUBT_SCORE = -2.5  # nats: where a first reading scores less, the others are asked for
-LEAST_EXTENT = 0.25  # of the side: a picture whose ink reaches as far is not blank
+LEAST_EXTENT = 0.25  # of the side: a picture without an answer whose longest thin stroke is longer
+# is said to hold no single character, not to be blank
 NO_CHARACTER = "no single character: what is written looks like none"
 TYPICAL_DISTANCE = 3.0  # medians of validation: what lies farther tells nothing about the folder
 DIGIT_PRIOR_WEIGHT = 3.6  # pictures that the digit prior in training counts for in the estimate

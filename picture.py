@@ -29,13 +29,13 @@ SQUARE = np.ones((3, 3), np.uint8)  # reaches all 8 neighbours of a pixel
 class Features(NamedTuple):
     """What a reading keeps of the picture's ink, and what it leaves out."""
 
-    left_out: float = 0.0  # of the ink within the rim that is on no line, the fraction left out
+    left_out: float = 0.0  # fraction of the ink farther in than the rim, but that of ruled lines
     parts_left_out: float = 0.0  # how many, of those that lie mostly within the rim
     parts_kept: float = 0.0  # how many beyond the first
     offset: float = 0.0  # of what is kept from the picture's centre, half sides
-    at_rim: float = 0.0  # of what is kept, the fraction in the rim
+    at_rim: float = 0.0  # fraction of what is kept that lies on the rim
     open_ends: float = 0.0  # 1: a line is taken out that ends free, as strokes do
-    unlikely: float = 0.0  # 1: ink is as light, or as dark, as paper is more likely to be
+    unlikely: float = 0.0  # 1: the shade taken for ink, light or dark, is more likely the paper's
     blank: float = 0.0  # 1: nothing is kept
     blank_and_small: float = 0.0  # by how many octaves the picture is smaller than SMALL_SIDE
     stroke_extent: float = 0.0  # of the ink that blank leaves out, as thin strokes show it: the
