@@ -104,13 +104,13 @@ def write_validation(folder: Path, data: Path) -> Iterator[Example]:
 
 
 def read(example: Example) -> list[picture.Reading]:
-    """Return all readings of an example, the first one before them."""
-    _, grey, first = picture.read_first(example.path, CNN.SIZE)
-    return [first, *picture.propose(grey, CNN.SIZE)]
+    """Return all readings of an example."""
+    _, grey, _ = picture.read_first(example.path, CNN.SIZE)
+    return picture.propose(grey, CNN.SIZE)
 
 
-def see(examples: list[Example], model: Path) -> tuple[Readings, Readings]:
-    """Return the first readings of examples, and all that are proposed, as the net sees them."""
+def see(examples: list[Example], model: Path) -> Readings:
+    """Return all readings of examples, as the net sees them."""
     net = CNN.load(model)
     statistics = net.card.statistics
     with Pool() as pool:
@@ -132,9 +132,7 @@ def see(examples: list[Example], model: Path) -> tuple[Readings, Readings]:
     is_truth = torch.tensor([is_same(example.truth) for example in examples])[owner]
     p = log_p.exp().where(~is_blank, 0)
     p_truth = (torch.cat([p, is_blank], 1) * is_truth).sum(1)
-    everything = Readings(owner, known.double(), p_truth.double())
-    is_first = owner != owner.roll(1)
-    return tuple(Readings(*(x[which] for x in everything)) for which in (is_first, ~is_first))
+    return Readings(owner, known.double(), p_truth.double())
 
 
 def is_same(truth: str) -> list[bool]:
@@ -176,14 +174,14 @@ def fit(readings: Readings, importance: Tensor) -> Tensor:
 def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         examples = list(list_examples(Path(scratch), study.ROOT / "data"))
-        _, proposed = see(examples, study.ROOT / "model.pt")
+        readings = see(examples, study.ROOT / "model.pt")
     sizes = Counter(example.group for example in examples)
     importance = torch.tensor([sizes[example.group] ** -0.5 for example in examples])
-    weights = fit(proposed, importance.double())
+    weights = fit(readings, importance.double())
     names = ("log_p", "distance", *picture.Features._fields)
     content = {name: round(weight, 2) for name, weight in zip(names, weights.tolist(), strict=True)}
     print(content)
-    likely = find_likelihood(weights, proposed, len(examples)) > 0.5
+    likely = find_likelihood(weights, readings, len(examples)) > 0.5
     rows = []
     for group in sizes:
         of_group = torch.tensor([example.group == group for example in examples])
