@@ -128,13 +128,13 @@ def propose(grey: np.ndarray, size: int) -> list[Reading]:
     emnist_image = as_emnist(grey, size)
     if emnist_image is not None:
         readings.append(Reading(emnist_image, Features()))
-    has_lines = min(grey.shape) >= PHOTO_SIDE
+    may_have_lines = min(grey.shape) >= PHOTO_SIDE
     extents = []  # of the ink in each view
     for view, is_unlikely in see(grey):
         found = []
         extent = 0.0
         if view:
-            found, extent = read_view(view, is_unlikely, has_lines, size)
+            found, extent = read_view(view, is_unlikely, may_have_lines, size)
         readings += found
         extents.append(extent)
     ink_extent = extents[0]
@@ -651,11 +651,11 @@ def read_blank(grey: np.ndarray, stroke_extent: float, ink_extent: float) -> Rea
 
 
 def read_view(
-    view: View, is_unlikely: bool, has_lines: bool, size: int
+    view: View, is_unlikely: bool, may_have_lines: bool, size: int
 ) -> tuple[list[Reading], float]:
     """Return the readings of a view, and the extent of its ink that is on no line."""
     common = Features(unlikely=float(is_unlikely))
-    if not has_lines:
+    if not may_have_lines:
         return read_parts(view, None, common, size), find_extent(view.mask)
     lines, is_open = find_lines(view.mask)
     readings = read_parts(view, lines, common, size)

@@ -1000,9 +1000,9 @@ def save_weights(net: Net, config: Config) -> None:
 def fill_card(net: Net, training: Split, validation: Split, machine: Machine) -> dict[str, float]:
     """Calibrate the net and describe it on its card; return its metrics on validation.
 
-    The bias is added to the last layer's. On the card go the temperature, the digit prior and the
-    lookalikes, all of validation, and the class statistics, of EMNIST's training images; where
-    extra images have writers, with a basis.
+    From validation: the temperature, the bias, which is added to the last layer's, the digit prior,
+    the lookalikes, the median distance. From EMNIST's training images: whitening and class means.
+    From extra images with writers: the basis.
     """
     logits, features = CNN.predict(net, validation.images, machine.precision)
     net.card.temperature, bias = CNN.calibrate(logits, validation.labels)
@@ -1014,16 +1014,18 @@ def fill_card(net: Net, training: Split, validation: Split, machine: Machine) ->
     labels = training.labels[: training.emnist_count]
     per_class = [(labels == i).nonzero()[:STATISTICS_IMAGES, 0] for i in range(len(ALPHABET))]
     rows = torch.cat(per_class)
-    _, known = CNN.predict(net, training.images[rows], machine.precision)
+    _, training_features = CNN.predict(net, training.images[rows], machine.precision)
     answers = logits.argmax(1)
-    net.card.statistics = CNN.compute_statistics(known, labels[rows], features, answers)
+    net.card.statistics = CNN.compute_statistics(training_features, labels[rows], features, answers)
     rows = [len(labels) + i for i, writer in enumerate(training.writers) if writer]
     if rows:
-        _, known = CNN.predict(net, training.images[rows], machine.precision)
+        _, writer_features = CNN.predict(net, training.images[rows], machine.precision)
         names = [writer for writer in training.writers if writer]
         number = {name: i for i, name in enumerate(sorted(set(names)))}
         writers = torch.tensor([number[name] for name in names])
-        basis = CNN.learn_basis(known, training.labels[rows], writers, net.card.statistics)
+        basis = CNN.learn_basis(
+            writer_features, training.labels[rows], writers, net.card.statistics
+        )
         net.card.statistics = replace(net.card.statistics, basis=basis)
     return CNN.compute_metrics(logits / net.card.temperature, validation.labels)
 
