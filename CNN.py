@@ -13,9 +13,10 @@ import os
 import sys
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -79,13 +80,13 @@ class ClassStatistics:
 
     Features are taken at unit length and whitened by the pooled covariance within classes, so that
     the squared Mahalanobis distance is the squared Euclidean one (Lee et al. 2018, arXiv
-    1807.03888). An image far from the mean of its class does not look typical of it.
+    1807.03888). An image far from the mean of its class is not typical of it.
     """
 
     whitening: Tensor  # (D, D): whitened = features of unit length @ whitening
     means: Tensor  # (classes, D), whitened
     median: float  # of the squared distances of validation images to the mean of their answer
-    basis: Tensor  # (classes, K, D): the means of a writer are means + z @ basis, z (K,) his own
+    basis: Tensor  # (classes, K, D): a writer's means are means + z @ basis, his z (K,)
 
 
 @dataclass
@@ -254,12 +255,11 @@ BIAS_PENALTY = 2.0  # nats over the whole split, of a shift of 1; cross-validate
 
 
 def calibrate(logits: Tensor, labels: Tensor) -> tuple[float, Tensor]:
-    """Return the temperature and the bias (classes,) by which the NLL of a split is least.
+    """Return the temperature and the bias (classes,) that calibrate the logits of a split.
 
-    Calibrated logits are (logits + bias) / temperature; that is what is fitted, in the form
-    scale * logits + shift, its scale above 0, so that the order of the answers is kept but for the
-    bias. BIAS_PENALTY holds back large shifts, as some confusions are rare.
-    Source: bias-corrected temperature scaling, Alexandari et al. 2020, arXiv 1901.06852.
+    With them the NLL of (logits + bias) / temperature is least. The fit is of scale * logits +
+    shift, the same in another form; BIAS_PENALTY holds back large shifts, as some confusions are
+    rare. Source: bias-corrected temperature scaling, Alexandari et al. 2020, arXiv 1901.06852.
     """
     log_scale = torch.zeros((), device=logits.device, requires_grad=True)
     shift = torch.zeros(logits.shape[1], device=logits.device, requires_grad=True)
@@ -387,6 +387,125 @@ def learn_basis(
         squares = torch.einsum("wc,ckl->wkl", counts, basis @ basis.mT) + ridge
         z = torch.linalg.solve(squares, torch.einsum("ckd,wcd->wk", basis, sums))
     return (basis * z.std(0, correction=0)[:, None]).float()  # so that of z is 1
+
+
+# Adapting to a folder: the fraction of digits in it, and how its writers write
+
+TYPICALITY = 5.0  # nats that the median distance of validation weighs beside log probabilities
+DIGIT_PRIOR_WEIGHT = 3.6  # pictures that the digit prior in training counts for in the estimate
+WRITER_WEIGHT = 400.0  # precision of z beside that of a picture's features, 1; 100 to 1,000 do
+ADAPTING_ROUNDS = 3  # two do nearly as well
+
+
+class Seen(NamedTuple):
+    """What the net sees in N images, whatever folder they come from."""
+
+    log_p: Tensor  # (N, classes), nats, with the prior of training; typicality is taken out
+    features: Tensor  # (N, D), whitened
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What is known of a folder's pictures."""
+
+    allowed: Tensor  # (classes,) bool: what can be answered
+    means: Tensor  # (classes, D), of whitened features, as the folder's writers write
+    digits: float | None = None  # their fraction; None: as in training
+
+
+def see(features: Tensor, logits: Tensor, card: Card) -> Seen:
+    """Return what the net sees, from the features (N, D) and logits (N, classes) of images."""
+    statistics = card.statistics
+    whitened = whiten(features, statistics.whitening.to(features.device)).cpu()
+    log_p = (logits / card.temperature).log_softmax(1).cpu()
+    distances = square_distances(whitened, statistics.means) / statistics.median
+    return Seen(log_p + TYPICALITY * distances, whitened)
+
+
+def compare(seen: Seen, folder: Folder, card: Card) -> tuple[Tensor, Tensor]:
+    """Return log probabilities of the characters in a folder, and distances, (N, classes) each.
+
+    Distances are squared, in medians of validation, to the means of the folder's writers. A
+    character is the less likely, the farther its mean is.
+    """
+    distances = square_distances(seen.features, folder.means) / card.statistics.median
+    log_p = seen.log_p + log_prior(folder, card) - TYPICALITY * distances
+    return log_p.log_softmax(1), distances
+
+
+def log_prior(folder: Folder, card: Card) -> Tensor:
+    """Return how much likelier than in training each class is, (classes,) nats."""
+    shift = torch.zeros(len(ALPHABET), dtype=torch.float64)
+    training = training_digits(folder, card)
+    if folder.digits is not None and 0 < training < 1:
+        least = 1e-300  # no -inf: one is best
+        shift[:DIGITS] = math.log(max(least, folder.digits / training))
+        shift[DIGITS:] = math.log(max(least, (1 - folder.digits) / (1 - training)))
+    return shift.masked_fill(~folder.allowed, -math.inf)
+
+
+def training_digits(folder: Folder, card: Card) -> float:
+    """Return the fraction of digits in training, among images of the characters allowed.
+
+    There every digit was as frequent as any other, and every letter as any other.
+    """
+    allowed = folder.allowed.double()
+    digits = allowed[:DIGITS].mean() * card.digit_prior
+    letters = allowed[DIGITS:].mean() * (1 - card.digit_prior)
+    return float(digits / (digits + letters))
+
+
+def adapt(seen: Seen, beforehand: Folder, card: Card) -> Folder:
+    """Return what is known of a folder once typical images of it, unlabelled, are seen.
+
+    In turns, expectation maximisation: how likely each image is each character; how the writers
+    write, from that; the fraction of digits, unless it is known, from what is likely with such
+    writers.
+    """
+    training = training_digits(beforehand, card)
+    is_estimated = beforehand.digits is None and 0 < training < 1
+    folder = beforehand
+    for _ in range(ADAPTING_ROUNDS if len(seen.features) else 0):
+        log_p, _ = compare(seen, folder, card)
+        means = estimate_means(seen.features, log_p.exp(), card.statistics)
+        folder = replace(beforehand, means=means)
+        if is_estimated:
+            log_p, _ = compare(seen, folder, card)
+            p_digit = log_p[:, :DIGITS].exp().sum(1)
+            folder = replace(folder, digits=estimate_digits(p_digit, training))
+    return folder
+
+
+def estimate_means(features: Tensor, members: Tensor, statistics: ClassStatistics) -> Tensor:
+    """Return the class means (classes, D) of a folder's writers.
+
+    features: (N, D), whitened; members: (N, classes), how far each is a member of each class. The
+    means are those of training + z @ basis, with the likeliest z, (K,), one for the folder, where
+    that is normal: (weight I + sum over classes of n V V') z = sum over classes of V s, with n
+    members, whose offsets from the mean of training sum up to s, and V (K, D) the class's basis.
+    """
+    basis = statistics.basis.double()  # (classes, K, D)
+    counts = members.sum(0)  # (classes,)
+    offsets = members.T @ features.double() - counts[:, None] * statistics.means
+    precision = torch.einsum("c,ckd,cld->kl", counts, basis, basis)
+    precision += WRITER_WEIGHT * torch.eye(len(precision))
+    z = torch.linalg.solve(precision, torch.einsum("ckd,cd->k", basis, offsets))
+    return statistics.means + torch.einsum("k,ckd->cd", z, basis).float()
+
+
+def estimate_digits(p_digit: Tensor, training: float) -> float:
+    """Return the fraction of digits among images, by expectation maximisation.
+
+    p_digit: (N,) how likely each is a digit where `training` is their fraction, as it was there.
+    Source: Saerens, Latinne and Decaestecker 2002, Neural Computation 14; two groups, not 36.
+    """
+    fraction = training
+    for _ in range(200):
+        digit = p_digit * fraction / training
+        letter = (1 - p_digit) * (1 - fraction) / (1 - training)
+        counted = (digit / (digit + letter)).sum() + DIGIT_PRIOR_WEIGHT * training
+        fraction = counted / (len(p_digit) + DIGIT_PRIOR_WEIGHT)
+    return float(fraction)
 
 
 # The weights file

@@ -28,20 +28,16 @@ import os
 import re
 import signal
 import sys
-import threading
 import time
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, suppress
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
-from weakref import WeakSet
 
 import cv2
 import numpy as np
@@ -135,7 +131,7 @@ def list_pictures(inputs: Iterable[str]) -> tuple[list[str], list[OSError], int]
 CHUNK = 64  # pictures that a worker is given at a time
 CHUNKS_AHEAD = 8  # under way for each worker, so that none waits
 WORKER_BYTES = 3 * 2**30  # of address space; a picture just under Pillow's bomb limit takes a third
-RESTARTS = 3  # of the workers, one after another, before it is given up
+WORKERS_DIED = "processes that read pictures died as they started: is memory short?"
 THUMBNAIL_SIDE = 96  # px
 
 
@@ -199,50 +195,27 @@ class Readers:
     """Worker processes that read pictures, so that a picture that breaks one is lost alone."""
 
     def __init__(self, workers: int, args: argparse.Namespace) -> None:
-        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the workers are enough
-        self.workers = workers
+        """Start the workers. Raises UsageError where that can't be done."""
         self.chunks_ahead = CHUNKS_AHEAD * workers
         self.timeout = args.timeout  # seconds per picture
         self.thumbnails = bool(args.report)
-        self.futures: WeakSet[Future] = WeakSet()
-        self.lock = threading.RLock()  # of the pool
-        self.is_stopped = False
-        self.restarts = 0  # since a worker last did its work
-        self.start()
-
-    def start(self) -> None:
-        """Start the workers in a new pool. Raises UsageError where that can't be done."""
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the workers are enough
         spawn = multiprocessing.get_context("spawn")
-        self.pool = ProcessPool(self.workers, initializer=confine, context=spawn)
+        self.pool = ProcessPool(workers, initializer=confine, context=spawn)
+        # What starts now ignores Ctrl-C, which a terminal sends to all processes
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
-            with interrupts_ignored():
-                self.pool.schedule(int)  # a first task starts them, while torch is imported
+            self.pool.schedule(int)  # a first task starts them, while torch is imported
         except (OSError, RuntimeError) as error:
             cause = error.__cause__ or error
             raise UsageError(f"processes that read pictures can't be started: {cause}") from None
-
-    def restart(self) -> None:
-        """Replace the pool: it breaks where a worker dies outside of a task, as while starting."""
-        if self.is_stopped:
-            raise CancelledError
-        self.restarts += 1
-        if self.restarts > RESTARTS:
-            raise UsageError("processes that read pictures die as they start: is memory short?")
-        self.end_pool()
-        self.start()
-
-    def end_pool(self) -> None:
-        """End the workers, and the waiting for what they were to do."""
-        self.pool.stop()
-        self.pool.join()
-        for future in list(self.futures):
-            future.cancel()
+        finally:
+            signal.signal(signal.SIGINT, handler)
 
     def stop(self) -> None:
-        """End the workers for good."""
-        with self.lock:
-            self.is_stopped = True
-            self.end_pool()
+        """End the workers."""
+        self.pool.stop()
+        self.pool.join()
 
     def read(self, paths: Iterable[str], side: int) -> Iterator[Picture]:
         """Yield the pictures at these paths, in order, with their first readings."""
@@ -266,11 +239,8 @@ class Readers:
         for chunk, future in in_order(submit, chunks, self.chunks_ahead):
             error = self.wait_for(future)
             if error is None:
-                self.restarts = 0
                 for item, result in zip(chunk, future.result(), strict=True):
                     yield item, result, ""
-            elif isinstance(error, (BrokenProcessPool, CancelledError)):  # not by a picture
-                yield from self.call(task, [chunk])
             elif len(chunk) > 1:
                 yield from self.call(task, [[item] for item in chunk])
             elif isinstance(error, TimeoutError):
@@ -283,40 +253,25 @@ class Readers:
     def schedule(self, task: Callable, items: list) -> Future:
         """Have a worker call `task` with each item; the future holds the list of results."""
         each = 0 if len(items) == 1 else self.timeout  # a lone one is ended by the pool's limit
-        work = (task, items, each)
-        timeout = self.timeout * len(items)
-        with self.lock:
-            try:
-                future = self.pool.schedule(do_all, work, timeout=timeout)
-            except RuntimeError:  # it is broken, or stopped
-                self.restart()
-                future = self.pool.schedule(do_all, work, timeout=timeout)
-            self.futures.add(future)
-        return future
+        try:
+            return self.pool.schedule(
+                do_all, (task, items, each), timeout=self.timeout * len(items)
+            )
+        except RuntimeError:  # the pool is broken
+            raise UsageError(WORKERS_DIED) from None
 
     def wait_for(self, future: Future) -> BaseException | None:
-        """Return the error of a task when it is done; a pool may break and forget the task."""
+        """Return the error of a task when it is done.
+
+        Raises UsageError where the pool is broken, as it forgets its tasks: a worker died outside
+        of one, as while it started.
+        """
         while True:
             try:
                 return future.exception(timeout=1)
-            except CancelledError as error:
-                return error
-            except TimeoutError:
-                if not self.pool.active and not future.done():
-                    return BrokenProcessPool()
-
-
-@contextmanager
-def interrupts_ignored() -> Iterator[None]:
-    """Let processes that start meanwhile ignore Ctrl-C, which a terminal sends to all of them."""
-    if threading.current_thread() is not threading.main_thread():  # where it can't be set
-        yield
-        return
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
+            except (CancelledError, TimeoutError):
+                if not self.pool.active and (future.cancelled() or not future.done()):
+                    raise UsageError(WORKERS_DIED) from None
 
 
 def batched(items: Iterable, size: int) -> Iterator[list]:
@@ -336,7 +291,7 @@ def in_order(submit: Callable, items: Iterable, ahead: int) -> Iterator[tuple[An
     yield from under_way
 
 
-# The net, and how it adapts to the folder; constants were tuned on ../shared/field and scenes
+# The net's answers; constants were tuned on ../shared/field and ../shared/scenes
 #
 # How a picture becomes an answer:
 # 1. `look`: the net sees its first reading and, where that leaves it in doubt, the others.
@@ -346,7 +301,6 @@ def in_order(submit: Callable, items: Iterable, ahead: int) -> Iterator[tuple[An
 #    blank; the answer is the likeliest character over all of them.
 
 BLOCK = 64  # images: a batch is filled up to whole blocks, as kernels differ by batch size
-TYPICALITY = 5.0  # nats that the median distance of validation weighs beside log probabilities
 # A reading's score is Reading.score and these times its likeliest character's log probability and
 # distance; they are fitted with WEIGHTS in picture.py
 LOG_P_WEIGHT = 2.14
@@ -356,16 +310,6 @@ LEAST_EXTENT = 0.25  # of the side: a picture without an answer whose longest th
 # is said to hold no single character, not to be blank
 NO_CHARACTER = "no single character: what is written looks like none"
 TYPICAL_DISTANCE = 3.0  # medians of validation: what lies farther tells nothing about the folder
-DIGIT_PRIOR_WEIGHT = 3.6  # pictures that the digit prior in training counts for in the estimate
-WRITER_WEIGHT = 400.0  # precision of z beside that of a picture's features, 1; 100 to 1,000 do
-ADAPTING_ROUNDS = 3  # two do nearly as well
-
-
-class Seen(NamedTuple):
-    """What the net sees in N images, whatever folder they come from."""
-
-    log_p: Tensor  # (N, classes), nats: calibrated, with the prior of training
-    features: Tensor  # (N, D), whitened
 
 
 class Looked(NamedTuple):
@@ -374,16 +318,7 @@ class Looked(NamedTuple):
     pictures: list[Picture]
     readings: list[Reading]
     owners: Tensor  # (R,) int64: the picture, by its place in the list, that a reading is of; or -1
-    seen: Seen
-
-
-@dataclass(frozen=True)
-class Folder:
-    """What is known of a folder's pictures."""
-
-    log_prior: Tensor  # (classes,), nats more than in training; -inf: not in --alphabet
-    means: Tensor  # (classes, D), of whitened features, as the folder's writers write
-    digits: float | None = None  # their fraction, where it is told or estimated
+    seen: CNN.Seen
 
 
 class TrainedNet:
@@ -409,9 +344,8 @@ class TrainedNet:
         self.dtype = CNN.mixed_precision(self.device) if on_cpu else torch.float32
         self.net = net.fused().to(self.dtype, memory_format=torch.channels_last)
         self.net.fc2.float()  # the full resolution for probabilities
-        self.whitening = self.card.statistics.whitening.to(self.device)
 
-    def see(self, readings: list[Reading]) -> Seen:
+    def see(self, readings: list[Reading]) -> CNN.Seen:
         """Show the images of readings to the net; for a blank one, an empty image."""
         import torch
 
@@ -419,23 +353,23 @@ class TrainedNet:
 
         count = len(readings)
         filled = math.ceil(count / BLOCK) * BLOCK
-        pixels = np.zeros((filled, 1, CNN.SIZE, CNN.SIZE), np.uint8)
+        pixels = np.zeros((filled, 1, self.side, self.side), np.uint8)
         for i, reading in enumerate(readings):
             pixels[i] = 0 if reading.image is None else reading.image
         with torch.inference_mode():
             batch = torch.from_numpy(pixels).to(self.device, self.dtype) / 255
             features = self.net.features(batch).float()  # (filled, D)
-            log_p = (self.net.fc2(features) / self.card.temperature).log_softmax(1)
-            features = CNN.whiten(features, self.whitening)
-            return Seen(log_p[:count].cpu(), features[:count].cpu())
+            return CNN.see(features[:count], self.net.fc2(features)[:count], self.card)
 
 
-def look(pictures: list[Picture], net: TrainedNet, known: Folder, readers: Readers) -> Looked:
+def look(pictures: list[Picture], net: TrainedNet, known: CNN.Folder, readers: Readers) -> Looked:
     """See the first reading of each picture; where that leaves doubt, see all readings instead.
 
     known: what is known of the folder before it is seen.
     """
     import torch
+
+    import CNN
 
     readings = [picture.reading for picture in pictures]
     owners = list(range(len(pictures)))
@@ -451,28 +385,13 @@ def look(pictures: list[Picture], net: TrainedNet, known: Folder, readers: Reade
             owners += [i] * len(found)
             owners[i] = -1  # the first one is among those found
     if others:
-        seen = Seen(*map(torch.cat, zip(seen, net.see(others), strict=True)))
+        seen = CNN.Seen(*map(torch.cat, zip(seen, net.see(others), strict=True)))
     pictures = [picture._replace(reading=NOTHING, grey=None) for picture in pictures]
     return Looked(pictures, readings + others, torch.tensor(owners), seen)
 
 
-def compare(seen: Seen, folder: Folder, card: CNN.Card) -> tuple[Tensor, Tensor]:
-    """Compare what is seen with a folder's characters: log probabilities (N, classes), distances.
-
-    Distances are squared, in medians of validation. What they say by training's means is taken out
-    of the probabilities, and what they say by the folder's is put in.
-    """
-    import CNN
-
-    statistics = card.statistics
-    distances = CNN.square_distances(seen.features, folder.means) / statistics.median
-    usual_distances = CNN.square_distances(seen.features, statistics.means) / statistics.median
-    log_p = seen.log_p + folder.log_prior + TYPICALITY * (usual_distances - distances)
-    return log_p.log_softmax(1), distances
-
-
 def judge(
-    readings: list[Reading], seen: Seen, folder: Folder, card: CNN.Card
+    readings: list[Reading], seen: CNN.Seen, folder: CNN.Folder, card: CNN.Card
 ) -> tuple[Tensor, Tensor]:
     """Return the scores (R,) of readings, nats, and the probabilities (R, classes + 1) in them.
 
@@ -480,7 +399,9 @@ def judge(
     """
     import torch
 
-    log_p, distances = compare(seen, folder, card)
+    import CNN
+
+    log_p, distances = CNN.compare(seen, folder, card)
     best, answers = log_p.max(1, keepdim=True)
     scores = (LOG_P_WEIGHT * best + DISTANCE_WEIGHT * distances.gather(1, answers))[:, 0]
     are_blank = torch.tensor([reading.image is None for reading in readings], dtype=torch.bool)
@@ -490,7 +411,7 @@ def judge(
     return scores, torch.cat([p, are_blank[:, None]], dim=1)
 
 
-def weigh(looked: Looked, folder: Folder, card: CNN.Card) -> tuple[Tensor, Tensor]:
+def weigh(looked: Looked, folder: CNN.Folder, card: CNN.Card) -> tuple[Tensor, Tensor]:
     """Return how likely each reading is the right one of each picture, and what `judge` says in it.
 
     Shapes: (B, R), 0 for readings of other pictures, and (R, classes + 1).
@@ -504,7 +425,7 @@ def weigh(looked: Looked, folder: Folder, card: CNN.Card) -> tuple[Tensor, Tenso
 
 
 def answer(
-    looked: Looked, folder: Folder, card: CNN.Card, args: argparse.Namespace
+    looked: Looked, folder: CNN.Folder, card: CNN.Card, args: argparse.Namespace
 ) -> list[Picture]:
     """Answer with the likeliest character of each picture, over all of its readings.
 
@@ -515,26 +436,23 @@ def answer(
     p_blank = p[:, -1].tolist()
     p[:, -1] *= p[:, -1] >= 0.5  # so that the likeliest is the answer
     sources = (weights * p_in_readings.T[p.argmax(1)]).argmax(1).tolist()  # that say it most
-    allowed = folder.log_prior.isfinite().nonzero()[:, 0]
+    allowed = folder.allowed.nonzero()[:, 0]
     p, order = p[:, allowed].sort(dim=1, descending=True, stable=True)
     shown = max(2, args.topk)
-    p = p[:, :shown]
     labels = allowed[order[:, :shown]].tolist()
+    rows = zip(looked.pictures, sources, p_blank, labels, p[:, :shown].tolist(), strict=True)
     pictures = []
-    rows = zip(looked.pictures, labels, p.tolist(), p_blank, sources, strict=True)
-    for picture, its_labels, its_p, its_p_blank, source in rows:
-        if picture.error:  # it could not be read
-            pictures.append(picture)
-            continue
-        image, features = looked.readings[source]
-        picture = picture._replace(image=image)
-        ranked = [(card.alphabet[label], p) for label, p in zip(its_labels, its_p, strict=True)]
-        if its_p_blank < 0.5:
-            pictures.append(with_answer(picture, ranked, card, args))
-            continue
-        error = NO_CHARACTER if features.stroke_extent > LEAST_EXTENT else BLANK
-        picture = picture._replace(confidence=its_p_blank, error=error)
-        pictures.append(picture._replace(alternatives=tuple(ranked[: args.topk])))
+    for picture, source, its_p_blank, its_labels, its_p in rows:
+        if not picture.error:  # it could be read
+            image, features = looked.readings[source]
+            ranked = [(card.alphabet[label], p) for label, p in zip(its_labels, its_p, strict=True)]
+            picture = picture._replace(image=image, alternatives=tuple(ranked[: args.topk]))
+            if its_p_blank >= 0.5:
+                error = NO_CHARACTER if features.stroke_extent > LEAST_EXTENT else BLANK
+                picture = picture._replace(confidence=its_p_blank, error=error)
+            else:
+                picture = with_answer(picture, ranked, card, args)
+        pictures.append(picture)
     return pictures
 
 
@@ -550,120 +468,42 @@ def with_answer(
     groups = [group for group in card.lookalikes if len(pair) == 2 and pair <= {*group}]
     picture = picture._replace(confidence=confidence, lookalike="".join(groups[:1]))
     if confidence >= args.min_confidence:
-        others = tuple(ranked[1 : args.topk])
+        others = picture.alternatives[1:]
         return picture._replace(character=character, alternatives=others)
     error = f"no answer: {confidence:.4f} is below --min-confidence {args.min_confidence:g}"
-    return picture._replace(alternatives=tuple(ranked[: args.topk]), error=error)
+    return picture._replace(error=error)
 
 
-def known_beforehand(card: CNN.Card, args: argparse.Namespace) -> Folder:
-    """Return what --alphabet and --digits tell; all else is as in training. Raises UsageError."""
-    import torch
-
-    alphabet = parse_alphabet(args.alphabet, card.alphabet)
-    allowed = torch.tensor([character in alphabet for character in card.alphabet])
-    log_prior = torch.zeros(len(allowed), dtype=torch.float64).masked_fill(~allowed, -math.inf)
-    folder = Folder(log_prior, card.statistics.means)
-    return folder if args.digits is None else expect_digits(folder, args.digits, card)
-
-
-def training_digit_prior(folder: Folder, card: CNN.Card) -> float:
-    """Return the fraction of digits among images of the characters allowed, as in training.
-
-    There every digit was as frequent as any other, and every letter as any other.
-    """
-    import CNN
-
-    allowed = folder.log_prior.isfinite().double()
-    digits = allowed[: CNN.DIGITS].mean() * card.digit_prior
-    letters = allowed[CNN.DIGITS :].mean() * (1 - card.digit_prior)
-    return float(digits / (digits + letters))
-
-
-def expect_digits(folder: Folder, digits: float, card: CNN.Card) -> Folder:
-    """Take `digits` for the fraction of digits; where only these or no others come, it stays."""
-    training = training_digit_prior(folder, card)
-    if not 0 < training < 1:
-        return folder
-    digit = math.log(max(1e-300, digits / training))  # no -inf: one is best
-    letter = math.log(max(1e-300, (1 - digits) / (1 - training)))
-    shift = [digit if character.isdigit() else letter for character in card.alphabet]
-    log_prior = folder.log_prior + folder.log_prior.new_tensor(shift)
-    return replace(folder, log_prior=log_prior, digits=digits)
-
-
-def adapt(sample: list[Looked], beforehand: Folder, card: CNN.Card) -> Folder:
+def adapt(sample: list[Looked], beforehand: CNN.Folder, card: CNN.Card) -> CNN.Folder:
     """Return what is known of a folder once a sample of it, unlabelled, is seen.
 
-    Of each picture its best reading takes part, if that is neither blank nor untypical. In turns,
-    expectation maximisation: how likely each reading is each character; how the writers write, from
-    that; the fraction of digits, unless it is known, from what is likely with such writers.
+    Of each picture its best reading takes part, if that is neither blank nor untypical.
     """
-    import CNN
-
-    seen = take_typical(sample, beforehand, card)
-    training = training_digit_prior(beforehand, card)
-    is_estimated = beforehand.digits is None and 0 < training < 1
-    folder = beforehand
-    for _ in range(ADAPTING_ROUNDS if len(seen.log_p) else 0):
-        log_p, _ = compare(seen, folder, card)
-        means = estimate_means(seen.features, log_p.exp(), card.statistics)
-        folder = replace(beforehand, means=means)
-        if is_estimated:
-            log_p, _ = compare(seen, folder, card)
-            p_digit = log_p[:, : CNN.DIGITS].exp().sum(1)
-            folder = expect_digits(folder, estimate_digits(p_digit, training), card)
-    return folder
-
-
-def take_typical(sample: list[Looked], folder: Folder, card: CNN.Card) -> Seen:
-    """Return what is seen in the best reading of each picture, if it is a typical character."""
     import torch
+
+    import CNN
 
     parts = []
     for looked in sample:
-        weights, p = weigh(looked, folder, card)
+        weights, p = weigh(looked, beforehand, card)
         best = weights.argmax(1)  # (B,)
         best = best[p[best, -1] == 0]
-        seen = Seen(*(values[best] for values in looked.seen))
-        log_p, distances = compare(seen, folder, card)
+        seen = CNN.Seen(*(values[best] for values in looked.seen))
+        log_p, distances = CNN.compare(seen, beforehand, card)
         nearest = distances.gather(1, log_p.argmax(1, keepdim=True))[:, 0]
         parts.append([values[nearest <= TYPICAL_DISTANCE] for values in seen])
-    return Seen(*map(torch.cat, zip(*parts, strict=True)))
+    return CNN.adapt(CNN.Seen(*map(torch.cat, zip(*parts, strict=True))), beforehand, card)
 
 
-def estimate_means(features: Tensor, members: Tensor, statistics: CNN.ClassStatistics) -> Tensor:
-    """Return the class means (classes, D) of a folder's writers.
-
-    features: (N, D), whitened; members: (N, classes), how far each is a member of each class. The
-    means are those of training + z @ basis, with the likeliest z, (K,), where that is normal:
-    (weight I + sum over classes of n V V') z = sum over classes of V s, with n members, whose
-    offsets from the mean of training sum up to s, and V (K, D) the basis of the class.
-    """
+def known_beforehand(card: CNN.Card, args: argparse.Namespace) -> CNN.Folder:
+    """Return what --alphabet and --digits tell; all else is as in training. Raises UsageError."""
     import torch
 
-    basis = statistics.basis.double()  # (classes, K, D)
-    counts = members.sum(0)  # (classes,)
-    offsets = members.T @ features.double() - counts[:, None] * statistics.means
-    precision = torch.einsum("c,ckd,cld->kl", counts, basis, basis)
-    precision += WRITER_WEIGHT * torch.eye(len(precision))
-    z = torch.linalg.solve(precision, torch.einsum("ckd,cd->k", basis, offsets))
-    return statistics.means + torch.einsum("k,ckd->cd", z, basis).float()
+    import CNN
 
-
-def estimate_digits(p_digit: Tensor, usual: float) -> float:
-    """Return the fraction of digits among pictures, by expectation maximisation.
-
-    p_digit: (N,) how likely each is a digit where `usual` is their fraction, as it was in training.
-    Source: Saerens, Latinne and Decaestecker 2002, Neural Computation 14; two groups, not 36.
-    """
-    fraction = usual
-    for _ in range(200):
-        digit = p_digit * fraction / usual
-        letter = (1 - p_digit) * (1 - fraction) / (1 - usual)
-        counted = (digit / (digit + letter)).sum() + DIGIT_PRIOR_WEIGHT * usual
-        fraction = counted / (len(p_digit) + DIGIT_PRIOR_WEIGHT)
-    return float(fraction)
+    alphabet = parse_alphabet(args.alphabet, card.alphabet)
+    allowed = torch.tensor([character in alphabet for character in card.alphabet])
+    return CNN.Folder(allowed, card.statistics.means, args.digits)
 
 
 def parse_alphabet(text: str, known: str) -> str:
