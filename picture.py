@@ -91,7 +91,7 @@ def fit(grey: np.ndarray, size: int) -> np.ndarray:
     """
     image = as_emnist(grey, size)
     if image is None:
-        image = read_all_ink(grey, find_all_ink(grey), size).image
+        image = read_all_ink(grey, size)[0].image
     if image is None:
         raise ValueError(BLANK)
     return image
@@ -108,13 +108,12 @@ def read_first(path: str | os.PathLike, size: int) -> tuple[Image.Image, np.ndar
     emnist_image = as_emnist(grey, size)
     if emnist_image is not None:
         return picture, grey, Reading(emnist_image, Features())
-    ink = find_all_ink(grey)
-    if ink and max(grey.shape) >= WORKING_LENGTH and min(grey.shape) >= ENLARGED_SIDE:
-        box = ink.parts.box(ink.chosen)
-        if max(box[2:]) < SMALL_LENGTH:
-            grey = to_grey(read_larger(path, box, grey.shape))
-            ink = find_all_ink(grey)
-    return picture, grey, read_all_ink(grey, ink, size)
+    reading, box = read_all_ink(grey, size)
+    was_reduced = max(grey.shape) >= WORKING_LENGTH and min(grey.shape) >= ENLARGED_SIDE
+    if box and was_reduced and max(box[2:]) < SMALL_LENGTH:
+        grey = to_grey(read_larger(path, box, grey.shape))
+        reading, _ = read_all_ink(grey, size)
+    return picture, grey, reading
 
 
 def propose(grey: np.ndarray, size: int) -> list[Reading]:
@@ -129,17 +128,14 @@ def propose(grey: np.ndarray, size: int) -> list[Reading]:
     if emnist_image is not None:
         readings.append(Reading(emnist_image, Features()))
     may_have_lines = min(grey.shape) >= PHOTO_SIDE
-    extents = []  # of the ink in each view
+    extents = []
     for view, is_unlikely in see(grey):
-        found = []
-        extent = 0.0
+        extents.append(0.0)
         if view:
-            found, extent = read_view(view, is_unlikely, may_have_lines, size)
-        readings += found
-        extents.append(extent)
-    ink_extent = extents[0]
-    stroke_extent = extents[1] if min(grey.shape) >= TINY_SIDE else ink_extent
-    readings.append(read_blank(grey, stroke_extent, ink_extent))
+            of_view, extents[-1] = read_view(view, is_unlikely, may_have_lines, size)
+            readings += of_view
+    stroke_extent = extents[1] if min(grey.shape) >= TINY_SIDE else extents[0]
+    readings.append(read_blank(grey, stroke_extent, extents[0]))
     likeliest: dict[bytes | None, Reading] = {}
     for reading in sorted(readings, key=lambda reading: -reading.score):
         pixels = None if reading.image is None else reading.image.tobytes()
@@ -525,7 +521,7 @@ def tell_parts(mask: np.ndarray, lines: np.ndarray | None = None) -> Parts:
     right = left + width
     bottom = top + height
     rows, columns = mask.shape
-    inner = within_rim(mask.shape)
+    inner = inner_area(mask.shape)
     inside = np.bincount(labels[inner].ravel(), minlength=count)[1:]
     off_line = inside
     if lines is not None:
@@ -534,7 +530,7 @@ def tell_parts(mask: np.ndarray, lines: np.ndarray | None = None) -> Parts:
     return Parts(labels, left, top, right, bottom, area, inside, off_line, to_border <= 1)
 
 
-def within_rim(shape: tuple[int, int]) -> tuple[slice, slice]:
+def inner_area(shape: tuple[int, int]) -> tuple[slice, slice]:
     """Return the rows and columns of a picture that lie farther in than its rim."""
     rim_y = round(RIM * shape[0])
     rim_x = round(RIM * shape[1])
@@ -543,7 +539,7 @@ def within_rim(shape: tuple[int, int]) -> tuple[slice, slice]:
 
 def find_extent(mask: np.ndarray) -> float:
     """Return how long the longest part of a mask is within the rim, as a fraction of the side."""
-    inner = np.ascontiguousarray(mask[within_rim(mask.shape)])
+    inner = np.ascontiguousarray(mask[inner_area(mask.shape)])
     _, _, stats, _ = cv2.connectedComponentsWithStats(inner, connectivity=8)
     lengths = stats[1:, [cv2.CC_STAT_HEIGHT, cv2.CC_STAT_WIDTH]] / inner.shape
     return float(lengths.max(initial=0))
@@ -613,29 +609,21 @@ SMALL_SIDE = 40  # px: in pictures with a shorter side, less is seen of a charac
 SINGLE_PARTS = 3  # so many of the largest parts are read each alone, and left out alone
 
 
-class AllInk(NamedTuple):
-    """All ink of the first view, but for specks."""
+def read_all_ink(grey: np.ndarray, size: int) -> tuple[Reading, tuple | None]:
+    """Take all ink in a grey picture (H, W) for the character, but for specks; return its box, too.
 
-    view: View
-    parts: Parts
-    chosen: np.ndarray  # (n,) bool
-
-
-def find_all_ink(grey: np.ndarray) -> AllInk | None:
-    """Find what is ink in a grey picture (H, W) uint8; None: nothing is."""
+    The box is left, top, width and height, px. It is None, and the reading blank, without ink.
+    """
+    box = None
     view = first_view(grey)
-    if view is None:
-        return None
-    parts = tell_parts(view.mask)
-    return AllInk(view, parts, parts.area >= SPECK_AREA * parts.area.max())
-
-
-def read_all_ink(grey: np.ndarray, ink: AllInk | None, size: int) -> Reading:
-    """Take all ink for the character."""
-    image = to_emnist_form(ink.view, ink.parts.mask(ink.chosen), size) if ink else None
-    if image is None:
-        return read_blank(grey, 0.0, 0.0)
-    return Reading(image, describe(ink.parts, ink.chosen, Features()))
+    if view is not None:
+        parts = tell_parts(view.mask)
+        chosen = parts.area >= SPECK_AREA * parts.area.max()
+        box = parts.box(chosen)
+        image = to_emnist_form(view, parts.mask(chosen), size)
+        if image is not None:
+            return Reading(image, describe(parts, chosen, Features())), box
+    return read_blank(grey, 0.0, 0.0), box
 
 
 def read_blank(grey: np.ndarray, stroke_extent: float, ink_extent: float) -> Reading:
