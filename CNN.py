@@ -389,6 +389,58 @@ def learn_basis(
     return (basis * z.std(0, correction=0)[:, None]).float()  # so that of z is 1
 
 
+# The card, filled when training ends
+
+STATISTICS_IMAGES = 1000  # of each class, un-augmented, EMNIST's; more change nothing
+
+
+class Split(NamedTuple):
+    """Resident images (N, 28, 28) uint8, upright, ink 255 on 0; labels (N,) int64."""
+
+    images: Tensor
+    labels: Tensor
+    writers: tuple[str, ...] = ()  # of the extra images, which are the last ones; "": not known
+
+    @property
+    def emnist_count(self) -> int:
+        return len(self.labels) - len(self.writers)
+
+
+def fill_card(
+    net: Net, training: Split, validation: Split, precision: torch.dtype
+) -> dict[str, float]:
+    """Calibrate the net and describe it on its card; return its metrics on validation.
+
+    From validation: the temperature, the bias, which is added to the last layer's, the digit prior,
+    the lookalikes, the median distance. From EMNIST's training images: whitening and class means.
+    From extra images with writers: the basis.
+    """
+    card = net.card
+    logits, features = predict(net, validation.images, precision)
+    card.temperature, bias = calibrate(logits, validation.labels)
+    net.fc2.bias.data += bias
+    logits += bias
+    digits = (validation.labels < DIGITS).sum().item()
+    card.digit_prior = (digits + 1) / (len(logits) + 2)  # above 0 in any validation, below 1
+    card.lookalikes = find_lookalikes(count_confusions(logits, validation.labels))
+
+    labels = training.labels[: training.emnist_count]
+    per_class = [(labels == i).nonzero()[:STATISTICS_IMAGES, 0] for i in range(len(ALPHABET))]
+    rows = torch.cat(per_class)
+    _, training_features = predict(net, training.images[rows], precision)
+    answers = logits.argmax(1)
+    card.statistics = compute_statistics(training_features, labels[rows], features, answers)
+    names = [writer for writer in training.writers if writer]
+    if names:
+        rows = [len(labels) + i for i, writer in enumerate(training.writers) if writer]
+        _, writer_features = predict(net, training.images[rows], precision)
+        number = {name: i for i, name in enumerate(sorted(set(names)))}
+        writers = torch.tensor([number[name] for name in names])
+        basis = learn_basis(writer_features, training.labels[rows], writers, card.statistics)
+        card.statistics = replace(card.statistics, basis=basis)
+    return compute_metrics(logits / card.temperature, validation.labels)
+
+
 # Adapting to a folder: the fraction of digits in it, and how its writers write
 
 TYPICALITY = 5.0  # nats that the median distance of validation weighs beside log probabilities

@@ -45,7 +45,7 @@ from pebble import ProcessExpired, ProcessPool
 from PIL import Image
 from tqdm import tqdm
 
-from picture import BLANK, SUFFIXES, Features, Reading, propose, read_first, to_grey
+from picture import BLANK, SUFFIXES, Features, Reading, escaped, propose, read_first, to_grey
 
 if TYPE_CHECKING:  # torch is imported late: the workers do without
     from torch import Tensor
@@ -53,9 +53,6 @@ if TYPE_CHECKING:  # torch is imported late: the workers do without
     import CNN
 
 PAGE = Path(__file__).with_name("report.html")
-UNPRINTABLE = re.compile(  # backslash, control characters and bytes that are not UTF-8
-    "[\\\\\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
-)
 
 
 class UsageError(Exception):
@@ -131,7 +128,7 @@ def list_pictures(inputs: Iterable[str]) -> tuple[list[str], list[OSError], int]
 CHUNK = 64  # pictures that a worker is given at a time
 CHUNKS_AHEAD = 8  # under way for each worker, so that none waits
 WORKER_BYTES = 3 * 2**30  # of address space; a picture just under Pillow's bomb limit takes a third
-WORKERS_DIED = "processes that read pictures died as they started: is memory short?"
+WORKERS_DIED = "processes that read pictures died as they started: is memory short? try --workers 1"
 THUMBNAIL_SIDE = 96  # px
 
 
@@ -524,11 +521,6 @@ def parse_alphabet(text: str, known: str) -> str:
 
 
 # Writing the results
-
-
-def escaped(text: str) -> str:
-    r"""Return text as one line that can't steer a terminal: \n, \x1b, a byte 0xff as \udcff."""
-    return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def ascii_line(picture: Picture) -> str:

@@ -11,6 +11,7 @@ CNN. Constants whose source is not said were tuned on ../shared/field and ../sha
 """
 
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import suppress
@@ -274,6 +275,16 @@ def explain(error: Exception, path: str) -> str:
         return "too large: decoding it takes more memory than there is"
     text = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
     return "can't be read: " + "".join(c if c.isprintable() else "?" for c in text)[:200]
+
+
+UNPRINTABLE = re.compile(  # backslash, control characters and bytes that are not UTF-8
+    "[\\\\\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def escaped(text: str) -> str:
+    r"""Return text as one line that can't steer a terminal: \n, \x1b, a byte 0xff as \udcff."""
+    return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 # To grey

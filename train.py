@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,8 @@ from tqdm import tqdm
 
 import CNN
 import picture
-from CNN import ALPHABET, SIZE, Net
+from CNN import ALPHABET, SIZE, Net, Split
+from picture import escaped
 
 # Settings
 
@@ -156,12 +157,7 @@ def set_up(config: Config) -> Machine:
 def say(line: str) -> None:
     """Write a line for people, above the progress bar; of all ranks, the first."""
     if not dist.is_initialized() or dist.get_rank() == 0:
-        tqdm.write(printable(line), file=sys.stderr)
-
-
-def printable(text: str) -> str:
-    """Escape what a terminal would obey, such as in the name of a file."""
-    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+        tqdm.write(escaped(line), file=sys.stderr)
 
 
 def first_line(error: BaseException | str) -> str:
@@ -177,7 +173,7 @@ def fail(what: str, error: BaseException | str, remedy: str) -> NoReturn:
     if CNN.local_rank() > 0:
         time.sleep(RANK_PATIENCE)
     reason = first_line(error)[:200] or type(error).__name__
-    raise SystemExit(printable(f"train.py: error: {what}: {reason}: {remedy}"))
+    raise SystemExit(escaped(f"train.py: error: {what}: {reason}: {remedy}"))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -191,18 +187,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 VALIDATION_ONE_IN = 20  # about 5 % of train
 DOWNLOAD_PATIENCE = 30  # seconds without a byte; torchvision would wait for ever
 DOWNLOAD_LIMIT = timedelta(hours=2)  # that the other ranks wait for the first
-
-
-class Split(NamedTuple):
-    """Resident images (N, 28, 28) uint8, upright, ink 255 on 0; labels (N,) int64."""
-
-    images: Tensor
-    labels: Tensor
-    writers: tuple[str, ...] = ()  # of the extra images, which are the last ones; "": not known
-
-    @property
-    def emnist_count(self) -> int:
-        return len(self.labels) - len(self.writers)
 
 
 def ensure_emnist(root: Path) -> None:
@@ -252,7 +236,7 @@ def load_splits(config: Config, machine: Machine) -> tuple[Split, ...]:
     size = f"--batch-size {config.batch_size}"
     if config.batch_size % machine.world or config.batch_size < 2 * machine.world:
         fail(size, f"{machine.world} ranks", "choose one that they can share, two each at least")
-    labelled = list_extra(config.extra) if config.extra else []
+    extra = read_extra(config.extra) if config.extra else None
     try:
         if machine.rank == 0:
             ensure_emnist(config.data)
@@ -273,72 +257,63 @@ def load_splits(config: Config, machine: Machine) -> tuple[Split, ...]:
     validation = Split(both.images[held], both.labels[held])
     if config.batch_size > len(training.labels):
         fail(size, f"{len(training.labels)} images", "choose a smaller one")
-    if labelled:
-        training = add_extra(training, labelled)
+    if extra:
+        images = torch.cat([training.images, extra.images])
+        training = Split(images, torch.cat([training.labels, extra.labels]), extra.writers)
     splits = (training, validation, test)
     return tuple(Split(x.to(machine.device), y.to(machine.device), n) for x, y, n in splits)
 
 
-def list_extra(source: Path) -> list[tuple[str, int, str]]:
-    """Return paths, labels and writers, "" where not known, of extra images.
+def read_extra(source: Path) -> Split:
+    """Return the extra images: pictures of any kind, fitted, with labels and writers.
 
-    source: a folder of folders named by character, as torchvision's ImageFolder has them, or a csv
-    of path,character, as the page of inference.py --report saves corrections, or with a column
-    writer: from those it is learnt how writers differ. What is hidden or no class is passed over.
+    One that can't be read costs a line; what is no class is passed over.
     """
-    if source.is_dir():
-        paths = sorted(source.glob("[!.]*/[!.]*"))
-        named = [(str(path), path.parent.name, "") for path in paths]
-    else:
-        named = read_corrections(source)
-    labelled = []
+    images = []
+    labels = []
+    writers = []
     others: Counter[str] = Counter()
-    for path, character, writer in named:
-        if character.upper() in list(ALPHABET):
-            labelled.append((path, ALPHABET.index(character.upper()), writer))
-        else:
+    for path, character, writer in list_extra(source):
+        if character.upper() not in list(ALPHABET):
             others[character] += 1
+            continue
+        try:
+            images.append(torch.from_numpy(picture.prepare(path, SIZE)))
+        except ValueError as error:
+            say(f"--extra: left out: {path}: {error}")
+            continue
+        labels.append(ALPHABET.index(character.upper()))
+        writers.append(writer)
     if others:
         listed = ", ".join(f"{name!r} ({count})" for name, count in others.items())
         say(f"--extra {source}: passed over, as no class of 0-9 and A-Z: {listed}")
-    if not labelled:
+    if not images:
         remedy = "put them into folders, as in A/any_name.png, or a row of the csv for each"
-        fail(f"--extra {source}", "no pictures of a class", remedy)
-    return labelled
+        fail(f"--extra {source}", "no pictures of a class that can be read", remedy)
+    return Split(torch.stack(images), torch.tensor(labels), tuple(writers))
 
 
-def read_corrections(source: Path) -> list[tuple[str, str, str]]:
-    """Return paths, characters and writers of a csv; paths may be any bytes, or from Windows."""
-    rows = []
+def list_extra(source: Path) -> Iterator[tuple[str, str, str]]:
+    """Yield path, character and writer, "" where not known, of each extra picture.
+
+    source: a folder of folders named by character, as torchvision's ImageFolder has them, or a csv
+    of path,character, as the page of inference.py --report saves corrections, or with a column
+    writer: from those it is learnt how writers differ. Paths in it may be any bytes.
+    """
+    if source.is_dir():
+        for path in sorted(source.glob("[!.]*/[!.]*")):
+            yield str(path), path.parent.name, ""
+        return
     try:
         with open(source, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             for row in csv.DictReader(file, restval=""):
                 path = row["path"]
                 if not os.path.exists(path):
                     path = path.replace("\\", "/")  # as Windows has it
-                rows.append((path, row["character"], row.get("writer", "")))
+                yield path, row["character"], row.get("writer", "")
     except (OSError, KeyError, csv.Error) as error:
         reason = f"no column {error}" if isinstance(error, KeyError) else error
         fail(f"--extra {source}", reason, "give a csv, by comma, in UTF-8, headed path,character")
-    return rows
-
-
-def add_extra(split: Split, labelled: list[tuple[str, int, str]]) -> Split:
-    """Append pictures of any kind, fitted; one that can't be read costs a line."""
-    images = []
-    labels = []
-    writers = []
-    for path, label, writer in labelled:
-        try:
-            images.append(torch.from_numpy(picture.prepare(path, SIZE)))
-            labels.append(label)
-            writers.append(writer)
-        except ValueError as error:
-            say(f"--extra: left out: {path}: {error}")
-    if not images:
-        fail("--extra", "none of its pictures can be read", "give others")
-    all_images = torch.cat([split.images, torch.stack(images)])
-    return Split(all_images, torch.cat([split.labels, torch.tensor(labels)]), tuple(writers))
 
 
 # Batches
@@ -522,6 +497,7 @@ def augment(images: Tensor, names: str) -> Tensor:
 PEN_WIDTH = 2.3  # px, of EMNIST's strokes, the median
 # They are made of two characters of different shapes: an E over an F is an E. The first shape,
 # lines, is left out: beside or over another character they make a third.
+TRIES = 16  # nearly always enough: some 7 in 10 will do
 SHAPES = ["1IL", "0OQDCG6", "2Z79AJTY4X", "5S8B3", "EFPRKH", "UVWMN"]
 
 
@@ -562,26 +538,20 @@ def make_outliers(images: Tensor, labels: Tensor, count: int) -> Tensor:
 def draw_pairs(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Draw pairs of characters of different shapes, no lines: two tensors of rows, (count,) each.
 
-    Sorted by shape, the characters that are no lines make a ring. From where the stretch of one's
-    own shape ends, round to where it begins, are those that it may be paired with. Where there are
-    none, as in a small batch of one shape, any is taken.
+    The first of TRIES that will do is taken; where none will, as in a small batch of one shape,
+    any.
     """
-    device = labels.device
     shape_of = torch.empty(len(ALPHABET), dtype=torch.int64)
     for shape, characters in enumerate(SHAPES):
         shape_of[[ALPHABET.index(character) for character in characters]] = shape
-    shapes = shape_of.to(device)[labels]  # (N,)
-    order = shapes.argsort(stable=True)  # lines first
-    counts = (shapes[:, None] == torch.arange(len(SHAPES), device=device)).sum(0)
-    lines = counts[0]
-    ring = (len(labels) - lines).clamp(min=1)
-    ends = counts.cumsum(0) - lines  # places on the ring
-    place = (torch.rand(count, device=device) * ring).long()
-    rows = order[(lines + place) % len(labels)]
-    own = shapes[rows]
-    onward = (torch.rand(count, device=device) * (ring - counts[own])).long()
-    other_place = (ends[own] + onward) % ring
-    return rows, order[(lines + other_place) % len(labels)]
+    shapes = shape_of.to(labels.device)[labels]  # (N,), 0: a line
+    tries, other_tries = torch.randint(len(labels), (2, count, TRIES), device=labels.device)
+    will_do = (shapes[tries] > 0).int()
+    rows = tries.gather(1, will_do.argmax(1, keepdim=True))  # (count, 1)
+    other_shapes = shapes[other_tries]
+    will_do = ((other_shapes > 0) & (other_shapes != shapes[rows])).int()
+    other_rows = other_tries.gather(1, will_do.argmax(1, keepdim=True))
+    return rows[:, 0], other_rows[:, 0]
 
 
 def squeeze(images: Tensor, width: float, height: Tensor | float, shift: Tensor | float) -> Tensor:
@@ -767,8 +737,7 @@ class Log:
     def __init__(self, config: Config, enabled: bool, run_id: str | None) -> None:
         self.run = None
         if enabled:
-            with self.give_up_on_errors():
-                self.start(config, run_id)
+            self.attempt(self.start, config, run_id)
 
     def start(self, config: Config, run_id: str | None) -> None:
         """Start a run as WANDB_MODE says, otherwise online if a key is known, or offline."""
@@ -795,21 +764,20 @@ class Log:
 
     def write(self, values: dict[str, float], step: int) -> None:
         if self.run:
-            with self.give_up_on_errors():
-                self.run.log(values, step)
+            self.attempt(self.run.log, values, step)
 
     def finish(self, metrics: dict[str, float]) -> None:
         """Log the metrics of test and wait until all is sent."""
         if self.run:
-            with self.give_up_on_errors():
-                self.run.summary.update({f"test/{name}": value for name, value in metrics.items()})
-                self.run.finish()
+            of_test = {f"test/{name}": value for name, value in metrics.items()}
+            self.attempt(self.run.summary.update, of_test)
+        if self.run:
+            self.attempt(self.run.finish)
 
-    @contextmanager
-    def give_up_on_errors(self) -> Iterator[None]:
-        """Warn of an error of wandb's, and be off from then on."""
+    def attempt(self, function: Callable, *arguments: object) -> None:
+        """Call a function of wandb's; where it fails, warn, and be off from then on."""
         try:
-            yield
+            function(*arguments)
         except (Exception, SystemExit) as error:  # wandb raises that, too
             self.run = None
             say(f"warning: wandb: {first_line(error)}: training goes on without its log")
@@ -935,8 +903,7 @@ def finish_epoch(state: State, validation: Split, speed: float, machine: Machine
 
 # The run
 
-SAVE_PATIENCE = 10  # seconds between tries to write the weights
-STATISTICS_IMAGES = 1000  # of each class, un-augmented, EMNIST's; more change nothing
+SAVE_PATIENCE = 30  # seconds between tries to write the weights
 
 
 def train(config: Config) -> dict:
@@ -973,7 +940,7 @@ def train(config: Config) -> dict:
     # Measure the best epoch, on test once, and write it
     net = state.average
     net.load_state_dict(state.best)
-    metrics = {"validation": fill_card(net, training, validation, machine)}
+    metrics = {"validation": CNN.fill_card(net, training, validation, machine.precision)}
     logits, _ = CNN.predict(net, test.images, machine.precision)
     metrics["test"] = CNN.compute_metrics(logits / net.card.temperature, test.labels)
     net.card.metrics = {**metrics, "settings": state.settings}
@@ -986,48 +953,12 @@ def train(config: Config) -> dict:
 
 def save_weights(net: Net, config: Config) -> None:
     """Write the weights; where that fails, try again until it succeeds or a signal comes."""
-    warned = False
     while True:
         try:
             return CNN.save(net, config.out)
         except OSError as error:
-            if not warned:
-                say(f"warning: --out {config.out}: {error.strerror}: make room; it is tried again")
-            warned = True
+            say(f"warning: --out {config.out}: {error.strerror}: make room; it is tried again")
             time.sleep(SAVE_PATIENCE)
-
-
-def fill_card(net: Net, training: Split, validation: Split, machine: Machine) -> dict[str, float]:
-    """Calibrate the net and describe it on its card; return its metrics on validation.
-
-    From validation: the temperature, the bias, which is added to the last layer's, the digit prior,
-    the lookalikes, the median distance. From EMNIST's training images: whitening and class means.
-    From extra images with writers: the basis.
-    """
-    logits, features = CNN.predict(net, validation.images, machine.precision)
-    net.card.temperature, bias = CNN.calibrate(logits, validation.labels)
-    net.fc2.bias.data += bias
-    logits += bias
-    digits = (validation.labels < CNN.DIGITS).sum().item()
-    net.card.digit_prior = (digits + 1) / (len(logits) + 2)  # above 0 in any validation, below 1
-    net.card.lookalikes = CNN.find_lookalikes(CNN.count_confusions(logits, validation.labels))
-    labels = training.labels[: training.emnist_count]
-    per_class = [(labels == i).nonzero()[:STATISTICS_IMAGES, 0] for i in range(len(ALPHABET))]
-    rows = torch.cat(per_class)
-    _, training_features = CNN.predict(net, training.images[rows], machine.precision)
-    answers = logits.argmax(1)
-    net.card.statistics = CNN.compute_statistics(training_features, labels[rows], features, answers)
-    rows = [len(labels) + i for i, writer in enumerate(training.writers) if writer]
-    if rows:
-        _, writer_features = CNN.predict(net, training.images[rows], machine.precision)
-        names = [writer for writer in training.writers if writer]
-        number = {name: i for i, name in enumerate(sorted(set(names)))}
-        writers = torch.tensor([number[name] for name in names])
-        basis = CNN.learn_basis(
-            writer_features, training.labels[rows], writers, net.card.statistics
-        )
-        net.card.statistics = replace(net.card.statistics, basis=basis)
-    return CNN.compute_metrics(logits / net.card.temperature, validation.labels)
 
 
 def format_results(results: dict) -> str:

@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     config = train.Config(data=args.data, device="cpu")
     machine = train.set_up(config)
     training, validation, _ = train.load_splits(config, machine)
-    print(train.fill_card(net, training, validation, machine))
+    print(CNN.fill_card(net, training, validation, machine.precision))
     CNN.save(net, args.ours)
 
 

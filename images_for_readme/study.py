@@ -172,7 +172,7 @@ def write_card(args: argparse.Namespace) -> None:
     content = CNN.read_saved(args.model)  # CNN.load would refuse statistics of another version
     net = CNN.Net(content["arch"]).to(machine.device)
     net.load_state_dict(content["state_dict"])
-    train.fill_card(net, training, validation, machine)
+    CNN.fill_card(net, training, validation, machine.precision)
     net.load_state_dict(content["state_dict"])
     for name in ("temperature", "lookalikes", "metrics", "credit"):
         setattr(net.card, name, content[name])
