@@ -16,6 +16,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
+from itertools import islice
 from operator import mul
 from typing import NamedTuple
 
@@ -120,22 +121,24 @@ def read_first(path: str | os.PathLike, size: int) -> tuple[Image.Image, np.ndar
 def propose(grey: np.ndarray, size: int) -> list[Reading]:
     """Return every plain reading of a grey picture (H, W) uint8.
 
-    Of each view the ink, with and without ruled lines, and of its parts all or some; the picture as
-    it is, if it may be EMNIST's own; and that nothing is written. Of readings with the same image
-    the likeliest is returned.
+    Of each view the ink, with and without ruled lines, and of its parts all or some; and that
+    nothing is written. What may be EMNIST's own is read as it is, too, and of views only in the
+    first one. Of readings with the same image the likeliest is returned.
     """
     readings = []
+    views = see(grey)
     emnist_image = as_emnist(grey, size)
     if emnist_image is not None:
         readings.append(Reading(emnist_image, Features()))
+        views = islice(views, 1)
     may_have_lines = min(grey.shape) >= PHOTO_SIDE
-    extents = []
-    for view, is_unlikely in see(grey):
+    extents = []  # of the ink that is on no line, in each view
+    for view, is_unlikely in views:
         extents.append(0.0)
         if view:
             of_view, extents[-1] = read_view(view, is_unlikely, may_have_lines, size)
             readings += of_view
-    stroke_extent = extents[1] if min(grey.shape) >= TINY_SIDE else extents[0]
+    stroke_extent = extents[1] if len(extents) > 2 else extents[0]  # as thin strokes show it
     readings.append(read_blank(grey, stroke_extent, extents[0]))
     likeliest: dict[bytes | None, Reading] = {}
     for reading in sorted(readings, key=lambda reading: -reading.score):
