@@ -126,6 +126,7 @@ def list_pictures(inputs: Iterable[str]) -> tuple[list[str], list[OSError], int]
 # Reading, in worker processes
 
 CHUNK = 64  # pictures that a worker is given at a time
+CHUNK_PATIENCE = 4  # times the limit of a picture: a chunk that takes longer is tried one by one
 CHUNKS_AHEAD = 8  # under way for each worker, so that none waits
 WORKER_BYTES = 3 * 2**30  # of address space; a picture just under Pillow's bomb limit takes a third
 WORKERS_DIED = "processes that read pictures died as they started: is memory short? try --workers 1"
@@ -157,22 +158,9 @@ def make_thumbnail(picture: Image.Image) -> str:
     return ""
 
 
-def do_all(task: Callable, items: list, timeout: float) -> list:
-    """Call `task` with each item, each in `timeout` seconds (0: without limit): a worker's work."""
-    results = []
-    try:
-        for item in items:
-            limit_time(timeout)
-            results.append(task(item))
-    finally:
-        limit_time(0)
-    return results
-
-
-def limit_time(seconds: float) -> None:
-    """Let SIGALRM end this process unless it is called again in time; 0: take the limit off."""
-    if hasattr(signal, "setitimer"):  # Windows has none: there the limit of the whole chunk counts
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+def do_all(task: Callable, items: list) -> list:
+    """Call `task` with each item: a worker's work."""
+    return [task(item) for item in items]
 
 
 def confine() -> None:
@@ -249,11 +237,9 @@ class Readers:
 
     def schedule(self, task: Callable, items: list) -> Future:
         """Have a worker call `task` with each item; the future holds the list of results."""
-        each = 0 if len(items) == 1 else self.timeout  # a lone one is ended by the pool's limit
+        timeout = self.timeout * min(len(items), CHUNK_PATIENCE)
         try:
-            return self.pool.schedule(
-                do_all, (task, items, each), timeout=self.timeout * len(items)
-            )
+            return self.pool.schedule(do_all, (task, items), timeout=timeout)
         except RuntimeError:  # the pool is broken
             raise UsageError(WORKERS_DIED) from None
 
