@@ -119,7 +119,7 @@ os.execv(sys.executable, [sys.executable, {script!r}, *sys.argv[1:], *{flags!r}]
 """
 
 
-def write_test(folder: Path, test: train.Split, side: int) -> Path:
+def write_test(folder: Path, test: CNN.Split, side: int) -> Path:
     """Write EMNIST's test pictures as inference.py may meet them, into folders by character."""
     for number, (image, label) in enumerate(zip(test.images.numpy(), test.labels, strict=True)):
         file = folder / CNN.ALPHABET[label] / f"{number}.png"
@@ -305,7 +305,7 @@ def degrade_to(degrade: Callable, our_level: str, rng, picture, level: str, dpi:
 def sizes(args: argparse.Namespace, scratch: Path) -> tuple[str, dict]:
     """Measure on every fourth test picture, shrunk."""
     test = train.read_emnist(args.data, train=False)
-    few = train.Split(test.images[::4], test.labels[::4])
+    few = CNN.Split(test.images[::4], test.labels[::4])
     folders = [write_test(scratch / str(side), few, side) for side in SIDES]
     rows = []
     for side, answers in zip(SIDES, classify(folders, *args.flags), strict=True):

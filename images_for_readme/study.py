@@ -136,7 +136,7 @@ def train_run(name: str, args: argparse.Namespace) -> None:
     config = replace(config, data=args.data, out=out, wandb=False, resume=True)
     load_splits = train.load_splits
 
-    def load_some(*arguments: object) -> tuple[train.Split, ...]:
+    def load_some(*arguments: object) -> tuple[CNN.Split, ...]:
         training, *others = load_splits(*arguments)
         images = training.images[::one_in]
         labels = training.labels[::one_in]
