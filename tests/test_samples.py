@@ -1,4 +1,4 @@
-"""The pictures of tests/samples are read by the shipped weights."""
+"""The shipped weights read tests/samples; the name of a sample begins with its character."""
 
 from pathlib import Path
 
