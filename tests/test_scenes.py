@@ -13,7 +13,7 @@ import inference
 from images_for_readme import study
 from picture import WEIGHTS
 
-CHARACTERS = "04ABEFHLTX"
+CHARACTERS = "247ABEFKTX"
 MERGED = str.maketrans("OIL", "011")  # what nobody can tell apart alone
 PAPER = 240.0
 INK = 45.0
