@@ -137,6 +137,8 @@ def test_the_writer_and_the_fraction_of_digits_are_found_together(card, fraction
     planted = torch.einsum("k,ckd->cd", WRITER, card.statistics.basis)
     assert (moved - planted).norm() < 0.2 * planted.norm()
     assert folder.digits == pytest.approx(fraction, abs=0.04)
+    alone = inference.adapt([write_folder(card, 1, fraction, WRITER)], beforehand(card), card)
+    assert (alone.means - card.statistics.means).norm() < 0.2 * planted.norm()
 
 
 def test_blank_and_untypical_readings_take_no_part(card):
