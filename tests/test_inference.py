@@ -81,6 +81,7 @@ def answered(weights: Path, folder: Path) -> dict[str, bytes]:
     for form in inference.LINES:
         output = weights.with_name(form)
         flags = ["--model", weights, "--no-adapt", "--topk", 36, "--output", output]
+        flags += ["--workers", 2]
         inference.main(["--input", str(folder), "--format", form, *map(str, flags)])
         texts[form] = output.read_bytes()
     return texts
@@ -202,19 +203,16 @@ def test_answers_are_those_of_the_net_alone(run, folder):
 
 
 def test_the_same_answers_for_any_batch_size_and_number_of_workers(run, folder, answered):
-    flags = ("--input", folder, "--format", "csv", "--topk", 36, "--batch-size")
-    for size, workers in ((7, 3), (1000, 1)):
-        assert run(*flags, size, "--workers", workers)[1] == answered["csv"]
+    flags = ("--input", folder, "--format", "csv", "--topk", 36)
+    assert run(*flags, "--batch-size", 7, "--workers", 1)[1] == answered["csv"]
 
 
 def test_an_alphabet_restricts(run, folder):
     flags = ("--input", folder / "part1", "--format", "json", "--topk", 36, "--model")
-    pairs = (
-        entries(run(*flags, ROOT / "model.pt", "--alphabet", text)[1])
-        for text in ("0-9A-Z", "0-3x")
-    )
+    every = entries(run(*flags, ROOT / "model.pt")[1])
+    restricted = entries(run(*flags, ROOT / "model.pt", "--alphabet", "0-3x")[1])
     kept = 0
-    for line, few in zip(*pairs, strict=True):
+    for line, few in zip(every, restricted, strict=True):
         assert {few["character"], *few["alternatives"]} - {None} == set("0123X")
         if line["character"] in set("0123X"):
             kept += 1
@@ -320,7 +318,6 @@ def test_under_torchrun_each_process_writes_its_share(run, folder, answered, tmp
 
 
 # How it ends
-
 
 WRONG = {  # flags, by comma: what the message names
     "--alphabet,9-0": "9-0",

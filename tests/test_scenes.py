@@ -57,11 +57,6 @@ def circled(character: str) -> np.ndarray:
     return drawn_over(grey, lambda pen: pen.ellipse((12, 12, 147, 147), outline=45, width=4))
 
 
-def underlined(character: str) -> np.ndarray:
-    grey = cell(character, 160, 80)
-    return drawn_over(grey, lambda pen: pen.line((35, 138, 125, 140), fill=45, width=4))
-
-
 def shadowed(character: str) -> np.ndarray:
     grey = cell(character, 240, 140)
     y, x = np.mgrid[-1:1:240j, -1:1:240j]
@@ -96,17 +91,6 @@ def two_levels(character: str) -> np.ndarray:
     return np.where(ink > 0.5, 0.0, 255.0)
 
 
-def ruled_faintly(character: str) -> np.ndarray:
-    grey = cell(character, 120, 50)
-    random = np.random.default_rng(ord(character))
-    for turns in random.choice(4, random.integers(1, 3), replace=False):
-        at = random.integers(6, 12)
-        start = random.integers(0, 30)
-        along = np.rot90(grey, turns)[at : at + 3, start:]
-        along[:] = np.minimum(along, PAPER - random.uniform(60, 120))
-    return grey
-
-
 def small_in_a_photograph(character: str) -> np.ndarray:
     page = np.zeros((300, 400))
     page[150:175, 250:275] = strokes.ink(character, strokes.hand(ord(character)), (25, 25))
@@ -131,7 +115,6 @@ def negative_cut_tight(character: str) -> np.ndarray:
 
 
 KINDS = [
-    ruled_faintly,
     small_in_a_photograph,
     cut_tight,
     thumbnail_cut_tight,
@@ -145,7 +128,6 @@ KINDS = [
     crossed_by_a_rule,
     on_its_box,
     circled,
-    underlined,
     shadowed,
     on_a_table,
 ]
