@@ -92,13 +92,10 @@ UNSOUND = {
     "truncated.png": saved("PNG")[:900],
     "truncated.jpg": saved("JPEG")[:700],
     "thin.png": png(HUGE, 1, 8, 0, b""),
-    "wrong depth.png": png(50, 50, 77, 3, zlib.compress(bytes(2600))),
-    "huge.gif": b"GIF89a" + struct.pack("<HHBBB", 65535, 65535, 0, 0, 0) + b",",
     "digits.pgm": b"P5 " + b"9" * 100_000 + b" 1 255 ",
     "huge.tga": struct.pack("<BBBHHBHHHHBB", 0, 0, 2, 0, 0, 0, 0, 0, 65535, 65535, 32, 0),
     # a directory that points to itself, again and again
     "itself.tiff": b"II*\0" + struct.pack("<IHHHIII", 8, 1, 330, 4, 1, 8, 8),
-    "drawing.png": b"<svg xmlns='http://www.w3.org/2000/svg'><rect/></svg>",
 }
 
 
@@ -106,14 +103,10 @@ def test_files_that_are_no_sound_picture_are_errors(errors_of, tmp_path):
     for name, content in (UNSOUND | BOMBS).items():
         (tmp_path / name).write_bytes(content)
     drawn().save(tmp_path / "sound.png")
-    # Pillow takes the rows that it needs, and stops
-    inflating = png(50, 50, 8, 0, zlib.compress(bytes(200_000_000), 9))
-    (tmp_path / "inflating.png").write_bytes(inflating)
     started = time.monotonic()
     errors = errors_of(tmp_path)
     assert time.monotonic() - started < 20
     assert errors.pop("sound.png") == ""
-    assert errors.pop("inflating.png") in ("", inference.BLANK)
     assert all(errors.values()), errors
     assert errors["text.png"] == "not a picture in a format that is read here"
     for name in BOMBS:
