@@ -43,9 +43,9 @@ HOSTILE = (  # names that paths can have on Linux, each of a picture
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tree of 72 characters and some with hostile names, with a blank, a wreck and a text."""
+    """A tree of 36 characters and some with hostile names, with a blank, a wreck and a text."""
     top = tmp_path_factory.mktemp("pictures")
-    for i, character in enumerate(CNN.ALPHABET * 2):
+    for i, character in enumerate(CNN.ALPHABET):
         place = top / f"part{i % 3}" / ("deep" if i % 2 else ".")
         place.mkdir(parents=True, exist_ok=True)
         drawn(character, 40 + i % 7, seed=i).save(place / f"{i:03d}_{character}.png")
@@ -81,7 +81,6 @@ def answered(weights: Path, folder: Path) -> dict[str, bytes]:
     for form in inference.LINES:
         output = weights.with_name(form)
         flags = ["--model", weights, "--no-adapt", "--topk", 36, "--output", output]
-        flags += ["--workers", 2]
         inference.main(["--input", str(folder), "--format", form, *map(str, flags)])
         texts[form] = output.read_bytes()
     return texts
@@ -199,16 +198,19 @@ def test_answers_are_those_of_the_net_alone(run, folder):
     p = (logits / net.card.temperature).softmax(1)
     of_net = [row[CNN.ALPHABET.index(e["character"])] for row, e in zip(p, answered, strict=True)]
     near = [abs(q - e["confidence"]) < 0.06 for q, e in zip(of_net, answered, strict=True)]
-    assert sum(near) > 0.7 * len(answered) > 40  # the others are in doubt: all readings are seen
+    assert sum(near) > 0.7 * len(answered) > 20  # the others are in doubt: all readings are seen
 
 
-def test_the_same_answers_for_any_batch_size_and_number_of_workers(run, folder, answered):
+def test_the_same_answers_for_any_batch_size_and_number_of_workers(
+    run, folder, answered, monkeypatch
+):
+    monkeypatch.setattr(inference, "CHUNK", 16)  # or there is work for one alone
     flags = ("--input", folder, "--format", "csv", "--topk", 36)
-    assert run(*flags, "--batch-size", 7, "--workers", 1)[1] == answered["csv"]
+    assert run(*flags, "--batch-size", 7, "--workers", 3)[1] == answered["csv"]
 
 
 def test_an_alphabet_restricts(run, folder):
-    flags = ("--input", folder / "part1", "--format", "json", "--topk", 36, "--model")
+    flags = ("--input", folder / "part0", "--format", "json", "--topk", 36, "--model")
     every = entries(run(*flags, ROOT / "model.pt")[1])
     restricted = entries(run(*flags, ROOT / "model.pt", "--alphabet", "0-3x")[1])
     kept = 0
@@ -251,7 +253,7 @@ def test_ascii_lines_are_the_origins_one_for_each_picture(run, folder):
     code, out, err = run("--input", folder)
     lines = out.decode().splitlines()
     assert code == 1
-    assert len(lines) == 72 + len(HOSTILE)
+    assert len(lines) == 36 + len(HOSTILE)
     assert all(re.fullmatch(r"\d{3}, /[^\x00-\x1f\x7f]+\.(png|PNG)", line) for line in lines)
     assert {chr(int(line[:3])) for line in lines} <= set(CNN.ALPHABET)
     assert any(line.endswith(r"/new\nline.png") for line in lines)
@@ -259,7 +261,7 @@ def test_ascii_lines_are_the_origins_one_for_each_picture(run, folder):
     assert any(line.endswith('/comma, and "quote".png') for line in lines)
     assert f"{folder}/blank.png: {inference.BLANK}\n" in err
     assert f"{folder}/wreck.jpg: " in err
-    assert "84 pictures: 82 answered, 1 blank, 1 unreadable, 1 other files passed over" in err
+    assert "48 pictures: 46 answered, 1 blank, 1 unreadable, 1 other files passed over" in err
 
 
 def test_csv_and_json_carry_every_path_to_the_byte(folder, answered):
@@ -389,7 +391,7 @@ def test_a_disk_too_full_for_the_report_leaves_the_answers_whole(run, folder, tm
     code, _, err = run(*flags, "--report", page)
     disk_for(resource.RLIM_INFINITY)
     assert (code, err) == (2, f"inference.py: {page}: File too large\n")
-    assert len(entries((tmp_path / "out").read_bytes())) == 24
+    assert len(entries((tmp_path / "out").read_bytes())) == 12
 
 
 # In processes of its own
@@ -413,7 +415,7 @@ def test_who_does_not_listen_costs_no_answer(weights, folder):
     for process in processes:
         out, err = process.communicate(timeout=60)
         ends.append((process.returncode, out.count("\n"), err))
-    assert ends[:2] == [(0, 24, "")] * 2
+    assert ends[:2] == [(0, 12, "")] * 2
     assert (ends[2][1], "rror" in ends[2][2]) == (1, False)
 
 
