@@ -11,38 +11,12 @@ import numpy as np
 import pytest
 import strokes
 import torch
+from conftest import ROOT
 from PIL import Image
 
 import CNN
 import inference
 from picture import Features, Reading
-
-USUAL = 240_000 / 364_800  # in training
-
-
-def likely_digits(count: int, digits: int, sure: float, seed: int = 0) -> np.ndarray:
-    """Return what a calibrated net says of `count` pictures, of which `digits` are digits.
-
-    Log odds are normal in each group, as far apart as `sure` says, and right for the usual one.
-    """
-    noise = np.random.default_rng(seed).normal(0, np.sqrt(2 * sure), count)
-    odds = np.where(np.arange(count) < digits, sure, -sure) + noise + np.log(USUAL / (1 - USUAL))
-    return 1 / (1 + np.exp(-odds))
-
-
-@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5, 0.9, 1.0])
-def test_the_fraction_of_a_large_folder_is_found(fraction):
-    found = inference.estimate_digits(likely_digits(5000, round(5000 * fraction), 4), USUAL)
-    assert found == pytest.approx(fraction, abs=0.02)
-
-
-def test_few_pictures_change_little_and_twenty_tell():
-    assert inference.estimate_digits(np.array([]), USUAL) == pytest.approx(USUAL)
-    for count, most in ((1, 1.2), (3, 2.2)):  # nats, on every answer
-        fraction = inference.estimate_digits(np.full(count, 0.01), USUAL)  # sure letters
-        assert 0 < np.log(USUAL / (1 - USUAL)) - np.log(fraction / (1 - fraction)) < most
-    assert inference.estimate_digits(likely_digits(20, 0, 4), USUAL) < 0.25
-    assert inference.estimate_digits(likely_digits(20, 20, 4), USUAL) > 0.9
 
 
 @pytest.fixture(scope="module")
@@ -70,19 +44,44 @@ def test_the_fraction_is_said_and_answers_follow_it(drawn, capfd):
     letters, fraction = answers(capfd, drawn / "letters")
     assert fraction < 12
     assert answers(capfd, drawn / "digits")[1] > 88
-    alone, fraction = answers(capfd, drawn / "letters", "--no-adapt")
-    assert fraction is None
-    given, fraction = answers(capfd, drawn / "letters", "--digits", "0")
-    assert fraction is None
-    number = [sum(map(str.isdigit, found.values())) for found in (alone, letters, given)]
-    assert number[0] > number[1] >= number[2] == 0
+    found = [letters]
+    for told in (["--no-adapt"], ["--digits", "0"], ["--alphabet", "A-Z"]):
+        its_answers, fraction = answers(capfd, drawn / "letters", *told)
+        assert fraction is None
+        found.append(its_answers)
+    adapted, alone, no_digits, letters_only = (sum(map(str.isdigit, f.values())) for f in found)
+    assert alone > adapted >= no_digits == letters_only == 0
     assert all(answer.isdigit() for answer in answers(capfd, drawn, "--digits", "1")[0].values())
 
 
-def test_a_known_kind_leaves_nothing_to_estimate(drawn, capfd):
-    auto, fraction = answers(capfd, drawn / "letters", "--alphabet", "A-Z")
-    assert fraction is None
-    assert auto == answers(capfd, drawn / "letters", "--alphabet", "A-Z", "--no-adapt")[0]
+def zero_over_o(capfd: pytest.CaptureFixture, *arguments: object) -> list[float]:
+    """Return by how many nats a 0 is likelier than an O in each picture, where both are listed."""
+    inference.main(["--format", "json", "--topk", "36", "--input", *map(str, arguments)])
+    odds = []
+    for row in map(json.loads, capfd.readouterr().out.splitlines()):
+        p = {row["character"]: row["confidence"], **row["alternatives"]}
+        if min(p["0"], p["O"]) > 0.001:
+            odds.append(math.log(p["0"] / p["O"]))
+    return odds
+
+
+def test_few_pictures_change_little(drawn, capfd):
+    in_doubt = ROOT / "tests" / "samples" / "0_scan.png"
+    letters = [next(drawn.glob(f"letters/*{letter}.png")) for letter in "ERK"]
+    (alone,) = zero_over_o(capfd, in_doubt, "--no-adapt")
+    assert zero_over_o(capfd, in_doubt) == pytest.approx([alone], abs=1)
+    (among_letters,) = zero_over_o(capfd, in_doubt, *letters)
+    assert 0.2 < alone - among_letters < 2.2
+
+
+def test_told_the_fraction_of_training_it_answers_the_same(drawn, capfd):
+    """Among the characters allowed: all ten digits, and one letter of 26."""
+    prior = CNN.load(ROOT / "model.pt").card.digit_prior
+    digits = prior / (prior + (1 - prior) / 26)
+    plain = [drawn, "--no-adapt", "--alphabet", "0-9O"]
+    odds = zero_over_o(capfd, *plain)
+    assert zero_over_o(capfd, *plain, "--digits", digits) == pytest.approx(odds, abs=0.1)
+    assert len(odds) >= 2
 
 
 def test_sorted_and_shuffled_folders_come_out_the_same(drawn, capfd, tmp_path, monkeypatch):
@@ -129,25 +128,17 @@ def beforehand(card: CNN.Card, *flags: str) -> inference.Folder:
     return inference.known_beforehand(card, inference.parse(["--input", "x", *flags]))
 
 
-@pytest.mark.parametrize("fraction", [0.1, 0.9])
+@pytest.mark.parametrize("fraction", [0.1, 1.0])
 def test_the_writer_and_the_fraction_of_digits_are_found_together(card, fraction):
+    """All classes move as the writer has them, also those that do not come."""
     looked = write_folder(card, 1000, fraction, WRITER)
     folder = inference.adapt([looked], beforehand(card), card)
-    z = torch.linalg.lstsq(
-        card.statistics.basis.transpose(1, 2).flatten(0, 1),
-        (folder.means - card.statistics.means).flatten(),
-    ).solution
-    torch.testing.assert_close(z, WRITER, atol=0.15, rtol=0.05)
+    moved = folder.means - card.statistics.means
+    planted = torch.einsum("k,ckd->cd", WRITER, card.statistics.basis)
+    assert (moved - planted).norm() < 0.2 * planted.norm()
     assert folder.digits == pytest.approx(fraction, abs=0.04)
-
-
-def test_a_class_that_does_not_come_moves_as_the_writer_has_it_and_one_picture_moves_little(card):
-    looked = write_folder(card, 1000, 1.0, WRITER)  # digits alone
-    moved = inference.adapt([looked], beforehand(card), card).means - card.statistics.means
-    letters = torch.einsum("k,ckd->cd", WRITER, card.statistics.basis)[10:]
-    assert (moved[10:] - letters).norm() < 0.2 * letters.norm()
-    alone = inference.adapt([write_folder(card, 1, 1.0, WRITER)], beforehand(card), card)
-    assert (alone.means - card.statistics.means).norm() < 0.2 * moved.norm()
+    alone = inference.adapt([write_folder(card, 1, fraction, WRITER)], beforehand(card), card)
+    assert (alone.means - card.statistics.means).norm() < 0.2 * planted.norm()
 
 
 def test_blank_and_untypical_readings_take_no_part(card):
@@ -159,62 +150,31 @@ def test_blank_and_untypical_readings_take_no_part(card):
         assert inference.adapt([empty], before, card) is before
 
 
-def test_what_is_told_is_not_estimated(card):
-    looked = write_folder(card, 500, 0.9, WRITER)
-    told = inference.adapt([looked], beforehand(card, "--digits", "0.3"), card)
-    assert told.digits == 0.3
-    only = inference.adapt([looked], beforehand(card, "--alphabet", "0-4"), card)
-    assert only.digits is None
-    assert only.log_prior.isfinite().sum() == 5
-
-
-@pytest.mark.parametrize(
-    ("allowed", "fraction"), [("0-9A-Z", 2 / 3), ("0-4A-M", 2 / 3), ("0-9A", 52 / 53), ("A-Z", 0)]
-)
-def test_the_fraction_in_training_is_that_among_allowed_characters(card, allowed, fraction):
-    card.digit_prior = 2 / 3
-    folder = beforehand(card, "--alphabet", allowed)
-    assert inference.training_digit_prior(folder, card) == pytest.approx(fraction)
-
-
 def test_answers_are_summed_over_readings_and_blank_is_one_of_them(card):
     """By the other route: the sums of one picture at a time, in plain numbers."""
     looked = write_folder(card, 6, 0.5, torch.zeros(3))
-    image = looked.readings[0].image
-    readings = [Reading(image, Features(parts_kept=0.5 * i)) for i in range(6)]
-    readings[5] = Reading(None, Features(blank=1.0))
+    readings = []
+    for i in range(5):
+        image = np.full((28, 28), i, np.uint8)
+        readings.append(Reading(image, Features(parts_kept=0.5 * i)))
+    blank = Features(blank=0.6)  # likelier than each character, less likely than all of them
+    readings.append(Reading(None, blank))
+    owners = [0, 1, 0, 0, 1, 1]
     looked = looked._replace(
-        pictures=looked.pictures[:2], readings=readings, owners=torch.tensor([0, 1, 0, 0, 1, 1])
+        pictures=looked.pictures[:2], readings=readings, owners=torch.tensor(owners)
     )
     folder = beforehand(card)
     args = inference.parse(["--input", "x", "--topk", "36"])
     scores, p = inference.judge(readings, looked.seen, folder, card)
     for i, picture in enumerate(inference.answer(looked, folder, card, args)):
-        own = [row for row in range(6) if looked.owners[row] == i]
-        weights = [math.exp(scores[row]) for row in own]
-        sums = sum(weight * p[row] for weight, row in zip(weights, own, strict=True)) / sum(weights)
-        if sums[36] >= 0.5:
-            assert picture.error == inference.BLANK
-            assert picture.confidence == pytest.approx(sums[36].item())
-            continue
+        own = [row for row in range(6) if owners[row] == i]
+        weights = {row: math.exp(scores[row]) for row in own}
+        sums = sum(weights[row] * p[row] for row in own) / sum(weights.values())
         found = {picture.character: picture.confidence, **dict(picture.alternatives)}
-        expected = dict(zip(CNN.ALPHABET, sums.tolist(), strict=False))
-        assert found == pytest.approx(expected)
-
-
-def test_the_image_shown_is_the_answers_though_blank_is_likelier_than_each_character(card):
-    looked = write_folder(card, 3, 0.5, torch.zeros(3))
-    readings = [Reading(np.full((28, 28), 7, np.uint8), Features()), looked.readings[1]]
-    readings.append(Reading(None, Features(blank=1.0)))
-    owners = torch.zeros(3, dtype=torch.int64)
-    looked = looked._replace(pictures=looked.pictures[:1], readings=readings, owners=owners)
-    weights = torch.tensor([[0.3, 0.25, 0.45]])
-    p = torch.eye(37)[[10, 11, 36]]
-    args = inference.parse(["--input", "x"])
-    with patch.object(inference, "weigh", return_value=(weights, p)):
-        (picture,) = inference.answer(looked, beforehand(card), card, args)
-    assert picture.character == "A"
-    assert picture.image is readings[0].image
+        assert found == pytest.approx(dict(zip(CNN.ALPHABET, sums.tolist(), strict=False)))
+        label = CNN.ALPHABET.index(picture.character)
+        source = max(own, key=lambda row: weights[row] * p[row, label])
+        assert picture.image is readings[source].image
 
 
 def test_a_basis_is_learnt_that_explains_the_writers(card):
@@ -232,15 +192,3 @@ def test_a_basis_is_learnt_that_explains_the_writers(card):
     found = torch.linalg.lstsq(basis.transpose(1, 2).flatten(0, 1), planted)
     explained = basis.transpose(1, 2).flatten(0, 1) @ found.solution
     assert (explained - planted).norm() < 0.1 * planted.norm()
-
-
-def test_a_picture_on_its_own_is_answered_nearly_as_without_adapting(drawn, capfd):
-    picture = next(drawn.glob("letters/*R.png"))
-    outputs = []
-    for flags in ((), ("--no-adapt",)):
-        words = ["--input", str(picture), "--digits", str(USUAL), "--format", "json", *flags]
-        inference.main(words)
-        outputs.append(json.loads(capfd.readouterr().out))
-    with_adapting, without = outputs
-    assert with_adapting["character"] == without["character"] == "R"
-    assert with_adapting["confidence"] == pytest.approx(without["confidence"], abs=0.01)

@@ -93,7 +93,7 @@ def test_the_likeliest_code_is_that_of_all_placements_by_brute_force():
 
 
 def test_with_once_the_assignment_and_its_leads_are_the_best_of_all_by_brute_force():
-    for seed in range(30):
+    for seed in range(20):
         rng = np.random.default_rng(seed)
         forms, count = rng.integers(1, 5, 2)
         scores = -rng.gamma(2, 4, (forms, count))
@@ -142,17 +142,15 @@ def test_a_person_counts_for_more_than_the_net_and_the_list(run, tmp_path):
     assert float(run(file, "123", "--corrections", told)["a"]["behind"]) > 50
 
 
-@pytest.mark.parametrize("kind", ["pattern", "file"])
-def test_a_pattern_leaves_out_what_a_place_does_not_allow(run, tmp_path, kind):
+def test_a_pattern_leaves_out_what_a_place_does_not_allow(run, tmp_path):
     o, i = "O,0.9000,0:0.0800 Q:0.0200,0O,", "I,0.6000,1:0.3000 L:0.1000,1IL,"
-    pattern = "[A-HJ-NPR-Z]{2}[0-9]"
-    if kind == "file":
-        pattern = tmp_path / "places.txt"
-        pattern.write_text("A-HJ-NPR-Z\nA-HJ-NPR-Z\n0-9\n")
-    rows = run(write(tmp_path, a=["A", i, o]), None, "--pattern", pattern)
-    assert rows["a"]["read"] == "AL0"
-    assert float(rows["a"]["confidence"]) == pytest.approx(1, abs=0.02)  # 0, of digits and ?
-    assert run(write(tmp_path, a=["A", "B", "C"]), None, "--pattern", pattern)["a"]["read"] == "AB?"
+    (tmp_path / "places.txt").write_text("A-HJ-NPR-Z\nA-HJ-NPR-Z\n0-9\n")
+    file = write(tmp_path, a=["A", i, o], b=["A", "B", "C"])
+    for pattern in ("[A-HJ-NPR-Z]{2}[0-9]", tmp_path / "places.txt"):
+        rows = run(file, None, "--pattern", pattern)
+        assert rows["a"]["read"] == "AL0"
+        assert float(rows["a"]["confidence"]) == pytest.approx(1, abs=0.02)  # 0, of digits and ?
+        assert rows["b"]["read"] == "AB?"
 
 
 def test_two_forms_do_not_share_a_code_with_once(run, tmp_path):
@@ -172,7 +170,6 @@ def test_two_forms_do_not_share_a_code_with_once(run, tmp_path):
         ("path,character\na_0.png,1\n", [], "cells.csv: no column 'confidence'"),
         (HEAD + "a_0.png,1,much,,,\n", [], "a_0.png: could not convert"),
         (None, [], "No such file"),
-        (HEAD, ["nowhere.txt"], "nowhere.txt'"),
         (HEAD, ["/dev/null"], "/dev/null: no codes"),
         (HEAD + "a_0.png,1,1.0,,,\n", ["--pattern", "[0-9]{2}"], "a: 1 cells, but the pattern has"),
         (HEAD, ["--pattern", "[9-0]"], "--pattern [9-0]: bad character range"),

@@ -43,9 +43,9 @@ HOSTILE = (  # names that paths can have on Linux, each of a picture
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tree of 72 characters and some with hostile names, with a blank, a wreck and a text."""
+    """A tree of 36 characters and some with hostile names, with a blank, a wreck and a text."""
     top = tmp_path_factory.mktemp("pictures")
-    for i, character in enumerate(CNN.ALPHABET * 2):
+    for i, character in enumerate(CNN.ALPHABET):
         place = top / f"part{i % 3}" / ("deep" if i % 2 else ".")
         place.mkdir(parents=True, exist_ok=True)
         drawn(character, 40 + i % 7, seed=i).save(place / f"{i:03d}_{character}.png")
@@ -72,6 +72,18 @@ def run(weights: Path, capfdbinary: pytest.CaptureFixture) -> Callable:
         return code, out, err.decode()
 
     return run_in_process
+
+
+@pytest.fixture(scope="module")
+def answered(weights: Path, folder: Path) -> dict[str, bytes]:
+    """What the command writes about the folder, by format, each with all characters."""
+    texts = {}
+    for form in inference.LINES:
+        output = weights.with_name(form)
+        flags = ["--model", weights, "--no-adapt", "--topk", 36, "--output", output]
+        inference.main(["--input", str(folder), "--format", form, *map(str, flags)])
+        texts[form] = output.read_bytes()
+    return texts
 
 
 def rows(text: bytes) -> list[dict[str, str]]:
@@ -116,8 +128,9 @@ def test_order_is_that_of_inputs_then_a_folders_pictures_then_its_folders(
     assert code == 0
     assert [entry["path"] for entry in entries(out)] == first + others
     assert "8 pictures: 8 answered, 1 other files passed over" in err
-    code, out, err = run("--input", ROOT / ".docker")  # none found
-    assert (code, out, "0 pictures: 3 other files passed over" in err) == (1, b"", True)
+    (tmp_path / "empty").mkdir()
+    code, out, err = run("--input", "empty")
+    assert (code, out, "0 pictures: none found" in err) == (1, b"", True)
 
 
 def test_no_path_begins_as_a_formula(run, tmp_path, monkeypatch):
@@ -130,14 +143,17 @@ def test_no_path_begins_as_a_formula(run, tmp_path, monkeypatch):
     assert inference.list_pictures(names)[0] == [f"./{name}" for name in names]
 
 
-def test_links_to_folders_are_passed_over(run, tmp_path):
-    (tmp_path / "a").mkdir()
-    drawn().save(tmp_path / "a" / "1.png")
+def test_what_is_hidden_and_links_to_folders_are_passed_over_in_silence(run, tmp_path):
+    hidden = [".hidden.png", "__MACOSX/._seen.png", ".venv/logo.png", "a/.git/b.png"]
+    for name in ("a/seen.png", *hidden):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        drawn().save(tmp_path / name)
     (tmp_path / "loop").symlink_to(tmp_path)
     (tmp_path / "a" / "loop.png").symlink_to(tmp_path)
-    code, out, err = run("--input", tmp_path)
-    assert (code, out.splitlines()) == (0, [out[:5] + f"{tmp_path}/a/1.png".encode()])
-    assert "1 pictures: 1 answered (" in err or "1 pictures: 1 answered, about" in err
+    _, out, err = run("--input", tmp_path, tmp_path / ".venv")  # but for what is named
+    read = [line[5:] for line in out.decode().splitlines()]
+    assert read == [f"{tmp_path}/a/seen.png", f"{tmp_path}/.venv/logo.png"]
+    assert err.startswith("2 pictures: 2 answered (")
 
 
 def test_memory_stays_flat_over_many_pictures(run, tmp_path, monkeypatch):
@@ -182,25 +198,23 @@ def test_answers_are_those_of_the_net_alone(run, folder):
     p = (logits / net.card.temperature).softmax(1)
     of_net = [row[CNN.ALPHABET.index(e["character"])] for row, e in zip(p, answered, strict=True)]
     near = [abs(q - e["confidence"]) < 0.06 for q, e in zip(of_net, answered, strict=True)]
-    assert sum(near) > 0.7 * len(answered) > 40  # the others are in doubt: all readings are seen
+    assert sum(near) > 0.7 * len(answered) > 20  # the others are in doubt: all readings are seen
 
 
-def test_the_same_answers_for_any_batch_size_and_number_of_workers(run, folder):
-    outputs = {
-        run("--input", folder, "--format", "csv", "--batch-size", size, "--workers", workers)[1]
-        for size, workers in ((7, 1), (64, 3), (1000, 1))
-    }
-    assert len(outputs) == 1
+def test_the_same_answers_for_any_batch_size_and_number_of_workers(
+    run, folder, answered, monkeypatch
+):
+    monkeypatch.setattr(inference, "CHUNK", 16)  # or there is work for one alone
+    flags = ("--input", folder, "--format", "csv", "--topk", 36)
+    assert run(*flags, "--batch-size", 7, "--workers", 3)[1] == answered["csv"]
 
 
 def test_an_alphabet_restricts(run, folder):
-    flags = ("--input", folder / "part1", "--format", "json", "--topk", 36, "--model")
-    pairs = (
-        entries(run(*flags, ROOT / "model.pt", "--alphabet", text)[1])
-        for text in ("0-9A-Z", "0-3x")
-    )
+    flags = ("--input", folder / "part0", "--format", "json", "--topk", 36, "--model")
+    every = entries(run(*flags, ROOT / "model.pt")[1])
+    restricted = entries(run(*flags, ROOT / "model.pt", "--alphabet", "0-3x")[1])
     kept = 0
-    for line, few in zip(*pairs, strict=True):
+    for line, few in zip(every, restricted, strict=True):
         assert {few["character"], *few["alternatives"]} - {None} == set("0123X")
         if line["character"] in set("0123X"):
             kept += 1
@@ -209,12 +223,12 @@ def test_an_alphabet_restricts(run, folder):
     assert kept >= 2
 
 
-def test_doubtful_answers_are_none_and_marked_in_each_format(run, folder):
-    found = entries(run("--input", folder, "--format", "json")[1])
+def test_doubtful_answers_are_none_and_marked_in_each_format(run, folder, answered):
+    found = [e for e in entries(answered["json"]) if "/part1/" in e["path"]]
     confidence = {e["path"]: e["confidence"] for e in found}
     sure = sorted(e["confidence"] for e in found if e["character"])
     limit = sure[len(sure) // 2]
-    flags = ("--input", folder, "--min-confidence", limit, "--format")
+    flags = ("--input", folder / "part1", "--min-confidence", limit, "--format")
     _, out, err = run(*flags, "json")
     doubtful = [e for e in entries(out) if "--min-confidence" in (e["error"] or "")]
     for entry in doubtful:
@@ -228,7 +242,7 @@ def test_doubtful_answers_are_none_and_marked_in_each_format(run, folder):
 
 def test_lookalikes_are_named_where_the_two_best_are_of_a_group(run, folder):
     flags = ("--input", folder / "part0", "--topk", 1, "--format", "csv", "--alphabet")
-    for alphabet, group in {"O0": "0O", "L1": "1IL", "0A": "", "0": ""}.items():
+    for alphabet, group in {"O0": "0O", "0A": "", "0": ""}.items():
         assert {row["lookalike"] for row in rows(run(*flags, alphabet)[1])} == {group}
 
 
@@ -239,7 +253,7 @@ def test_ascii_lines_are_the_origins_one_for_each_picture(run, folder):
     code, out, err = run("--input", folder)
     lines = out.decode().splitlines()
     assert code == 1
-    assert len(lines) == 72 + len(HOSTILE)
+    assert len(lines) == 36 + len(HOSTILE)
     assert all(re.fullmatch(r"\d{3}, /[^\x00-\x1f\x7f]+\.(png|PNG)", line) for line in lines)
     assert {chr(int(line[:3])) for line in lines} <= set(CNN.ALPHABET)
     assert any(line.endswith(r"/new\nline.png") for line in lines)
@@ -247,14 +261,12 @@ def test_ascii_lines_are_the_origins_one_for_each_picture(run, folder):
     assert any(line.endswith('/comma, and "quote".png') for line in lines)
     assert f"{folder}/blank.png: {inference.BLANK}\n" in err
     assert f"{folder}/wreck.jpg: " in err
-    assert "84 pictures: 82 answered, 1 blank, 1 unreadable, 1 other files passed over" in err
+    assert "48 pictures: 46 answered, 1 blank, 1 unreadable, 1 other files passed over" in err
 
 
-def test_csv_and_json_carry_every_path_to_the_byte(run, folder):
-    _, lines, _ = run("--input", folder)
-    _, table, table_err = run("--input", folder, "--format", "csv", "--topk", 36)
-    of_csv = rows(table)
-    of_json = entries(run("--input", folder, "--format", "json", "--topk", 36)[1])
+def test_csv_and_json_carry_every_path_to_the_byte(folder, answered):
+    of_csv = rows(answered["csv"])
+    of_json = entries(answered["json"])
     on_disk = {os.fsencode(path) for path in folder.rglob("*") if path.is_file()}
     on_disk.remove(os.fsencode(folder / "notes.txt"))
     for found in (of_csv, of_json):
@@ -274,23 +286,22 @@ def test_csv_and_json_carry_every_path_to_the_byte(run, folder):
         else:
             assert p == [None]
     answers = [f"{ord(row['character']):03d}".encode() for row in of_csv if row["character"]]
-    assert answers == [line[:3] for line in lines.splitlines()]
-    assert "blank.png" not in table_err  # it has a row
+    assert answers == [line[:3] for line in answered["ascii"].splitlines()]
 
 
-def test_an_output_replaces_what_a_link_points_to_once_it_is_whole(run, folder, tmp_path):
+def test_an_output_replaces_what_a_link_points_to_once_it_is_whole(run, folder, answered, tmp_path):
     (tmp_path / "old").write_text("old")
     (tmp_path / "link").symlink_to(tmp_path / "old")
-    assert run("--input", folder / "part1", "--output", tmp_path / "link")[:2] == (0, b"")
-    assert (tmp_path / "old").read_bytes() == run("--input", folder / "part1")[1]
+    assert run("--input", folder, "--output", tmp_path / "link")[:2] == (1, b"")
+    assert (tmp_path / "old").read_bytes() == answered["ascii"]
     assert sorted(os.listdir(tmp_path)) == ["link", "old"]
     assert (tmp_path / "link").is_symlink()
 
 
-def test_under_torchrun_each_process_writes_its_share(run, folder, tmp_path, monkeypatch):
-    flags = ("--input", folder, "--format", "csv")
+def test_under_torchrun_each_process_writes_its_share(run, folder, answered, tmp_path, monkeypatch):
+    flags = ("--input", folder, "--format", "csv", "--topk", 36)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "0")  # is another's where torchrun is not
-    alone = run(*flags)[1]
+    assert run("--help")[0] == 0
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "any")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
@@ -300,9 +311,9 @@ def test_under_torchrun_each_process_writes_its_share(run, folder, tmp_path, mon
         # 1 would make torchrun end the others
         assert run(*flags, *report, "--output", tmp_path / "answers.csv")[:2] == (0, b"")
     parts = [(tmp_path / f"answers.{rank}.csv").read_bytes() for rank in "01"]
-    assert sorted(b"".join(parts).splitlines()) == sorted(alone.splitlines())
+    assert sorted(b"".join(parts).splitlines()) == sorted(answered["csv"].splitlines())
     assert parts[0].startswith(b"path,")
-    assert abs(len(rows(parts[0])) - len(rows(alone)) / 2) < 1
+    assert abs(len(rows(parts[0])) - len(rows(answered["csv"])) / 2) < 1
     assert len(list(tmp_path.iterdir())) == 4
     code, _, err = run(*flags)
     assert (code, "name it with --output" in err) == (2, True)
@@ -310,22 +321,7 @@ def test_under_torchrun_each_process_writes_its_share(run, folder, tmp_path, mon
 
 # How it ends
 
-
-def test_every_flag_has_its_default_and_stands_in_help(run):
-    words = {"model": ROOT / "model.pt", "device": "auto", "alphabet": "0-9A-Z", "digits": None}
-    words |= {"min_confidence": 0, "topk": 3, "format": "ascii", "output": None, "report": None}
-    words |= {"batch_size": 64, "workers": len(os.sched_getaffinity(0)), "timeout": 30}
-    found = vars(inference.parse(["--input", "x"]))
-    assert found == {"input": ["x"], "rank": 0, "world_size": 1, "no_adapt": False, **words}
-    code, out, _ = run("--help")
-    assert code == 0
-    assert set(re.findall(rb"--[a-z-]+", out)) - {b"--help"} == {
-        f"--{name.replace('_', '-')}".encode() for name in ("input", "no_adapt", *words)
-    }
-
-
 WRONG = {  # flags, by comma: what the message names
-    "--alphabet,0-9?": "0-9?",
     "--alphabet,9-0": "9-0",
     "--alphabet,ß": "ß",
     "--alphabet,": "expected characters",
@@ -334,13 +330,10 @@ WRONG = {  # flags, by comma: what the message names
     "--device,abacus": "abacus",
     "--batch-size,0": "--batch-size",
     "--min-confidence,nan": "--min-confidence",
-    "--timeout,-1": "--timeout",
     "--timeout,inf": "--timeout",
-    "--digits,2": "--digits",
     "--digits,nan": "--digits",
     "--output,/dev/null": "not a regular file",
     "--output,missing/out.csv": "missing/out.csv",
-    "--report,.": "not a regular file",
     "--device,meta": "try --device cpu",
     "--input,missing\x1b[2J": r"missing\x1b[2J: no such",
 }
@@ -373,18 +366,18 @@ def test_what_is_read_is_never_replaced(run, weights, folder, tmp_path, flag):
         assert {read: read.read_bytes() for read in before} == before
 
 
-@pytest.mark.parametrize("report", ["x", "x.partial"])
-def test_one_output_does_not_replace_the_other(run, folder, tmp_path, report):
-    outputs = ["--output", tmp_path / "x", "--report", tmp_path / report]
-    code, _, err = run("--input", folder, *outputs)
-    assert code == 2
-    assert "--report" in err
-    assert list(tmp_path.iterdir()) == []
+def test_one_output_does_not_replace_the_other(run, folder, tmp_path):
+    for report in ("x", "x.partial"):
+        outputs = ["--output", tmp_path / "x", "--report", tmp_path / report]
+        code, _, err = run("--input", folder, *outputs)
+        assert (code, "--report" in err) == (2, True)
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_is_one_line_and_keeps_what_was_written(run, folder, tmp_path, disk_for):
     disk_for(1000)
-    code, out, err = run("--input", folder, "--output", tmp_path / "out", "--format", "json")
+    flags = ("--input", folder / "part1", "--output", tmp_path / "out", "--format", "json")
+    code, out, err = run(*flags)
     disk_for(resource.RLIM_INFINITY)
     assert (code, out, err.count("\n")) == (2, b"", 1)
     assert "File too large" in err
@@ -394,74 +387,66 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_written(run, folder, tmp_pat
 def test_a_disk_too_full_for_the_report_leaves_the_answers_whole(run, folder, tmp_path, disk_for):
     disk_for(20_000)  # the page alone has more
     page = tmp_path / "page.html"
-    flags = ("--input", folder, "--output", tmp_path / "out", "--format", "json")
+    flags = ("--input", folder / "part1", "--output", tmp_path / "out", "--format", "json")
     code, _, err = run(*flags, "--report", page)
     disk_for(resource.RLIM_INFINITY)
     assert (code, err) == (2, f"inference.py: {page}: File too large\n")
-    assert len(entries((tmp_path / "out").read_bytes())) == 72 + len(HOSTILE) + 2
+    assert len(entries((tmp_path / "out").read_bytes())) == 12
 
 
-@pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full"])
-def test_a_stderr_that_takes_nothing_costs_no_answer(weights, folder, stderr):
-    words = command(weights, "--input", folder / "part1", "--no-adapt")
-    end = subprocess.run(["bash", "-c", f'"$@" {stderr}', "-", *words], stdout=subprocess.PIPE)
-    assert (end.returncode, end.stdout.count(b"\n")) == (0, 24)
+# In processes of its own
+
+
+def start(weights: Path, words: list, how: str = "") -> subprocess.Popen:
+    """Start the command from bash, `how` after it, in a process group of its own."""
+    command = [sys.executable, ROOT / "inference.py", "--model", weights, "--no-adapt", *words]
+    script = f'exec "$@" {how}' if "|" not in how else f'set -o pipefail; "$@" {how}'
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    words = ["bash", "-c", script, "-", *map(str, command)]
+    return subprocess.Popen(words, start_new_session=True, **options)
+
+
+def test_who_does_not_listen_costs_no_answer(weights, folder):
+    """A stderr that is closed or full; a reader that leaves, which ends it quietly."""
+    flags = ["--input", folder / "part1", "--batch-size", 1]
+    ways = ("2>&-", "2>/dev/full", "| head -n 1")
+    processes = [start(weights, flags, how) for how in ways]
+    ends = []
+    for process in processes:
+        out, err = process.communicate(timeout=60)
+        ends.append((process.returncode, out.count("\n"), err))
+    assert ends[:2] == [(0, 12, "")] * 2
+    assert (ends[2][1], "rror" in ends[2][2]) == (1, False)
 
 
 def test_ctrl_c_in_a_terminal_is_one_line_whenever_it_comes(weights, folder):
     """It reaches the workers, too, which are starting."""
-    words = command(weights, "--input", folder, "--workers", 2)
-    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)
-    processes = []
-    for _ in range(4):
-        options = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
-        processes.append(subprocess.Popen(words, start_new_session=True, **options))
-    signal.signal(signal.SIGINT, ignored)
+    processes = [start(weights, ["--input", folder, "--workers", 2]) for _ in range(3)]
     for i, process in enumerate(processes):
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         while process.poll() is None and not children.read_text():
             time.sleep(0.01)  # its own imports
-        time.sleep(0.1 + 0.2 * i)
+        time.sleep(0.1 + 0.25 * i)
         os.killpg(process.pid, signal.SIGINT)
         os.killpg(process.pid, signal.SIGINT)  # by an impatient hand
     for process in processes:
-        _, err = process.communicate(timeout=20)
+        _, err = process.communicate(timeout=60)
         assert (process.returncode, err) == (130, "inference.py: stopped by SIGINT\n")
 
 
-def command(weights: Path, *arguments: object) -> list[str]:
-    words = (sys.executable, ROOT / "inference.py", "--model", weights, *arguments)
-    return [str(word) for word in words]
-
-
 def test_a_signal_ends_it_and_what_was_answered_stays(weights, folder, tmp_path):
-    many, started = tmp_path / "many", {}
+    many = tmp_path / "many"
     many.mkdir()
     for i in range(5000):  # enough for a second, however fast
         os.link(folder / "part0" / "deep" / "003_3.png", many / f"{i:05d}.png")
-    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)  # as CI in the background
-    for number in (signal.SIGINT, signal.SIGTERM):
-        output = tmp_path / f"{number}.json"
-        flags = ("--no-adapt", "--format", "json", "--output", output)
-        words = command(weights, "--input", many, *flags)
-        started[number] = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
-    signal.signal(signal.SIGINT, ignored)
-    for number, process in started.items():
-        part = tmp_path / f"{number}.json.partial"
-        while not (part.exists() and part.stat().st_size > 1000) and process.poll() is None:
-            time.sleep(0.01)
-        process.send_signal(number)
-    for number, process in started.items():
-        output, part = (tmp_path / f"{number}.json{end}" for end in ("", ".partial"))
-        _, err = process.communicate(timeout=20)
-        said = f"stopped by {signal.Signals(number).name}; what was answered is in {part}"
-        assert (process.returncode, err) == (128 + number, f"inference.py: {said}\n")
-        assert not output.exists()
-        assert 0 < len(entries(part.read_bytes())) < 5000
-
-
-def test_a_reader_that_leaves_ends_it_quietly(weights, folder):
-    line = " ".join(command(weights, "--input", f"'{folder}'", "--batch-size", 1)) + " | head -n 1"
-    end = subprocess.run(["bash", "-o", "pipefail", "-c", line], capture_output=True, text=True)
-    assert end.stdout.count("\n") == 1
-    assert "rror" not in end.stderr
+    output = tmp_path / "out.json"
+    part = tmp_path / "out.json.partial"
+    process = start(weights, ["--input", many, "--format", "json", "--output", output])
+    while not (part.exists() and part.stat().st_size > 1000) and process.poll() is None:
+        time.sleep(0.01)
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    said = f"stopped by SIGTERM; what was answered is in {part}"
+    assert (process.returncode, err) == (143, f"inference.py: {said}\n")
+    assert not output.exists()
+    assert 0 < len(entries(part.read_bytes())) < 5000
