@@ -1,7 +1,6 @@
 """Draw characters as a human hand might: for tests, benchmarks and figures; nothing is copied.
 
 All is computed from seeds with numpy and Pillow, so that the same call draws the same picture.
-The pictures in tests/samples were drawn with it, too, by this file as it was at dcbd42b.
 """
 
 import math
