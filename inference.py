@@ -32,7 +32,8 @@ import time
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, suppress
 from functools import partial
 from itertools import chain, islice
@@ -246,15 +247,16 @@ class Readers:
     def wait_for(self, future: Future) -> BaseException | None:
         """Return the error of a task when it is done.
 
-        Raises UsageError where the pool is broken, as it forgets its tasks: a worker died outside
-        of one, as while it started.
+        Raises UsageError where the pool is broken, as it may forget its tasks: a worker died
+        outside of one, as while it started.
         """
-        while True:
-            try:
-                return future.exception(timeout=1)
-            except (CancelledError, TimeoutError):
-                if not self.pool.active and (future.cancelled() or not future.done()):
-                    raise UsageError(WORKERS_DIED) from None
+        while not future.done() and self.pool.active:
+            wait([future], timeout=1)
+        if future.done() and not future.cancelled():
+            error = future.exception()
+            if not isinstance(error, BrokenProcessPool):
+                return error
+        raise UsageError(WORKERS_DIED)
 
 
 def batched(items: Iterable, size: int) -> Iterator[list]:

@@ -117,14 +117,15 @@ def write_folder(card: CNN.Card, count: int, fraction: float, z: torch.Tensor) -
     labels = prior.multinomial(count, replacement=True, generator=random)
     means = card.statistics.means + torch.einsum("k,ckd->cd", z, card.statistics.basis)
     features = means[labels] + torch.randn(count, WIDTH, generator=random)
-    log_p = (-torch.cdist(features, card.statistics.means).square() / 2).log_softmax(1)
+    distances = CNN.square_distances(features, card.statistics.means)
+    log_p = (-distances / 2).log_softmax(1)
     pictures = [inference.Picture(f"{i}.png") for i in range(count)]
     readings = [Reading(np.zeros((28, 28), np.uint8), Features())] * count
-    seen = inference.Seen(log_p, features)
+    seen = CNN.Seen(log_p + CNN.TYPICALITY * distances / card.statistics.median, features)
     return inference.Looked(pictures, readings, torch.arange(count), seen)
 
 
-def beforehand(card: CNN.Card, *flags: str) -> inference.Folder:
+def beforehand(card: CNN.Card, *flags: str) -> CNN.Folder:
     return inference.known_beforehand(card, inference.parse(["--input", "x", *flags]))
 
 

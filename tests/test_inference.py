@@ -166,7 +166,7 @@ def test_memory_stays_flat_over_many_pictures(run, tmp_path, monkeypatch):
         def schedule(self, work: Callable, arguments: tuple = (), timeout: float = 0) -> Future:
             future = Future()
             if work is inference.do_all:
-                task, paths, _ = arguments
+                task, paths = arguments
                 blank = Picture("", error=inference.BLANK, thumbnail="x" * 10_000)
                 is_first = task.func is inference.read_picture
                 future.set_result([blank._replace(path=p) if is_first else [] for p in paths])

@@ -18,7 +18,7 @@ from PIL import Image
 
 import CNN
 import inference
-from picture import prepare
+from picture import escaped, prepare
 
 NAMES = (
     "</script><script>document.title=`run`</script>.png",
@@ -72,7 +72,7 @@ def test_every_picture_is_there_with_what_the_net_saw(page):
     assert len(found) == len(NAMES) + 5
     assert r"new\nline \x1b[31m \u202egnp.\u2028.png" in found
     for name, row in found.items():
-        assert row["shown"] == inference.escaped(row["path"])
+        assert row["shown"] == escaped(row["path"])
         assert row["truth"] == (name[0].upper() if name[1:2] == "/" and name[0] != "<" else "")
         if name == "wreck.jpg":
             assert (row["character"], row["image"], row["thumbnail"]) == ("", "", "")
