@@ -6,7 +6,7 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -76,21 +76,24 @@ def undone() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def train_in_fork(said: Path, environ: dict[str, str], *flags: object) -> multiprocessing.Process:
-    """Run train.py in a process of its own; what it says goes to a file."""
-    process = FORKS.Process(target=_train, args=(said, environ, [str(flag) for flag in flags]))
+def train_in_fork(said: Path, *flags: object, **how: object) -> multiprocessing.Process:
+    """Run train.py in a process of its own; what it says goes to a file. how: see _train."""
+    process = FORKS.Process(target=_train, args=(said, list(map(str, flags))), kwargs=how)
     process.start()
     return process
 
 
-def _train(said: Path, environ: dict[str, str], flags: list[str]) -> None:
+def _train(
+    said: Path, flags: list[str], environ: Mapping = {}, stdout: Path | None = None, prepare=None
+) -> None:
     import train
 
     os.environ.update(environ)
-    file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1), os.dup2(file, 2)
-    train.CHECKPOINT_SECONDS = -1  # one at every step
-    os._exit(train.main([*SHORT, *flags]))
+    for number, path in ((1, stdout or said), (2, said)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    if prepare:
+        prepare()
+    sys.exit(train.main([*SHORT, *flags]))
 
 
 class Outcome(NamedTuple):

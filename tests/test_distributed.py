@@ -20,7 +20,7 @@ from train import Config, Machine, Split
 
 MACHINES = [Machine(torch.device("cpu"), torch.float32, rank, 2) for rank in range(2)]
 ALONE = MACHINES[0]._replace(world=1)
-CONFIG = Config(arch="tiny", batch_size=16, epochs=12, warmup=5, outliers=0.25)  # 96 steps
+CONFIG = Config(arch="tiny", batch_size=16, epochs=8, warmup=5, outliers=0.25)  # 64 steps
 
 
 def train_in_ranks(tmp_path: Path, *flags: object) -> list[Process]:
@@ -32,7 +32,7 @@ def train_in_ranks(tmp_path: Path, *flags: object) -> list[Process]:
     ranks = []
     for rank in ("0", "1"):
         own = {**environ, "RANK": rank, "LOCAL_RANK": rank}
-        ranks.append(train_in_fork(tmp_path / f"said by {rank}", own, *flags))
+        ranks.append(train_in_fork(tmp_path / f"said by {rank}", *flags, environ=own))
     return ranks
 
 
@@ -64,7 +64,7 @@ def train_by_hand(split: Split, steps: int) -> dict[str, torch.Tensor]:
             (loss / 2).backward()
         for ours, theirs in zip(*(net.parameters() for net in nets), strict=True):
             ours.grad += theirs.grad
-        state.optimizer.param_groups[0]["lr"] = train.learning_rate(step, 96, CONFIG)
+        state.optimizer.param_groups[0]["lr"] = train.learning_rate(step, 64, CONFIG)
         state.optimizer.step()
     return state.net.state_dict()
 
@@ -72,7 +72,7 @@ def train_by_hand(split: Split, steps: int) -> dict[str, torch.Tensor]:
 def test_two_ranks_share_the_work_and_the_first_writes_also_when_stopped(
     tiny_emnist, tmp_path, tmp_path_factory
 ):
-    flags = ["--epochs", "12", "--precision", "float32", "--outliers", "0.25"]
+    flags = ["--epochs", "8", "--precision", "float32", "--outliers", "0.25"]
     flags += ["--data", tiny_emnist, "--out", tmp_path / "model.pt"]
     script = tmp_path_factory.mktemp("script") / "train_tiny.py"
     script.write_text("import sys, conftest, train\nsys.exit(train.main())\n")
@@ -81,7 +81,7 @@ def test_two_ranks_share_the_work_and_the_first_writes_also_when_stopped(
     pipe = subprocess.PIPE
     stopped = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
     for line in stopped.stderr:
-        if line.startswith("epoch 1/12"):
+        if line.startswith("epoch 1/8"):
             break
     stopped.send_signal(signal.SIGTERM)
     stdout, stderr = stopped.communicate(timeout=200)
@@ -89,7 +89,7 @@ def test_two_ranks_share_the_work_and_the_first_writes_also_when_stopped(
     assert stderr.count("stopped at your request; go on with the same command and --resume") == 1
     (checkpoint,) = tmp_path.iterdir()
     saved = torch.load(checkpoint, weights_only=True)
-    assert 8 <= saved["step"] < 96
+    assert 8 <= saved["step"] < 64
     both = train.read_emnist(tiny_emnist, train=True)
     held = train.held_out(both.images)
     by_hand = train_by_hand(Split(both.images[~held], both.labels[~held]), saved["step"])
@@ -104,7 +104,7 @@ def test_two_ranks_share_the_work_and_the_first_writes_also_when_stopped(
     assert [process.exitcode for process in resumed] == [0, 0], texts
     epochs = [line.partition(":")[0] for line in texts[0].splitlines() if line[:5] == "epoch"]
     done = saved["step"] // 8
-    assert epochs == [f"epoch {n}/12" for n in range(done + 1, 13)]
+    assert epochs == [f"epoch {n}/8" for n in range(done + 1, 9)]
     assert texts[0].count("most confused on test") == 1
     assert texts[1].count("epoch") + texts[1].count("most confused") == 0
     assert CNN.load(tmp_path / "model.pt").card.metrics["test"]["accuracy"] > 40

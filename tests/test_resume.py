@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -65,8 +66,8 @@ def step_in(path: Path) -> int:
     return torch.load(path, weights_only=True)["step"] if path.exists() else 0
 
 
-def train_and_die(said: Path, flags: list[object], checkpoints: int, replaced: bool) -> None:
-    """Write so many checkpoints, one a step, and be killed before or after the last is in place."""
+def be_killed(checkpoints: int, replaced: bool) -> None:
+    """Write so many checkpoints, one a step; die before or after the last is in place."""
     replace = os.replace
     written = []
 
@@ -79,8 +80,8 @@ def train_and_die(said: Path, flags: list[object], checkpoints: int, replaced: b
             os.kill(os.getpid(), signal.SIGKILL)
 
     os.replace = replace_or_die
+    train.CHECKPOINT_SECONDS = -1
     torch.set_num_threads(1)
-    conftest._train(said, {}, [str(flag) for flag in flags])
 
 
 def test_killed_again_and_again_it_ends_bit_for_bit_the_same(
@@ -90,9 +91,8 @@ def test_killed_again_and_again_it_ends_bit_for_bit_the_same(
     flags = ["--data", tiny_emnist, "--out", tmp_path / "model.pt", "--resume"]
     step = 0
     for count, replaced in ((1, False), (8, True), (5, False)):  # 8 steps are an epoch
-        arguments = (tmp_path / "said", flags, count, replaced)
-        process = conftest.FORKS.Process(target=train_and_die, args=arguments)
-        process.start()
+        prepare = partial(be_killed, count, replaced)
+        process = conftest.train_in_fork(tmp_path / "said", *flags, prepare=prepare)
         process.join()
         assert process.exitcode == -signal.SIGKILL, (tmp_path / "said").read_text()
         step += count if replaced else count - 1

@@ -17,7 +17,7 @@ import pytest
 import strokes
 import torch
 import torch.nn.functional as F
-from conftest import FORKS, SHORT
+from conftest import SHORT, train_in_fork
 from torch.testing import assert_close
 
 import CNN
@@ -330,19 +330,11 @@ def test_a_full_disk_costs_warnings_and_the_weights_wait_for_room(
     assert CNN.load(weights).card.metrics["test"]["accuracy"] >= 0
 
 
-def train_on_a_full_disk(said: Path, flags: list[str]) -> None:
-    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
-    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
-    sys.exit(train.main(flags))
-
-
 def test_results_that_nobody_can_take_are_one_line_and_the_weights_are_there(tiny_emnist, tmp_path):
     """Stdout, on a full disk, is the process's own: Python flushes it once more at the end."""
     said = tmp_path / "said"
-    flags = [*SHORT, "--epochs", "1", "--data", str(tiny_emnist)]
-    flags += ["--out", str(tmp_path / "model.pt")]
-    process = FORKS.Process(target=train_on_a_full_disk, args=(said, flags))
-    process.start()
+    flags = ["--epochs", 1, "--data", tiny_emnist, "--out", tmp_path / "model.pt"]
+    process = train_in_fork(said, *flags, stdout="/dev/full")
     process.join()
     *_, wrote, error = said.read_text().splitlines()
     assert wrote == f"wrote {tmp_path / 'model.pt'}"
