@@ -7,9 +7,11 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -94,6 +96,22 @@ def _train(
     if prepare:
         prepare()
     sys.exit(train.main([*SHORT, *flags]))
+
+
+@contextmanager
+def signal_at(step: int, number: signal.Signals) -> Iterator[None]:
+    """Let a signal come in a step of a training in this process."""
+    import train
+
+    learning_rate = train.learning_rate
+
+    def strike(at: int, *rest: object) -> float:
+        if at == step:
+            os.kill(os.getpid(), number)
+        return learning_rate(at, *rest)
+
+    with patch.object(train, "learning_rate", strike):
+        yield
 
 
 class Outcome(NamedTuple):

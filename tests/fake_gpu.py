@@ -103,8 +103,6 @@ class Placement(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func == Tensor.device.__get__:
             return GPU if args[0] in self.claims else CPU
-        if func == Tensor.is_cuda.__get__:
-            return args[0] in self.claims
         if func is Tensor.__deepcopy__:  # it copies the storage past the dispatcher
             on_gpu = args[0] in self.claims
             result = func(*args, **kwargs)
@@ -124,9 +122,6 @@ class Placement(TorchFunctionMode):
         for x in args:
             if isinstance(x, (str, torch.device)):
                 device = x
-            elif isinstance(x, Tensor):
-                device = GPU if x in self.claims else CPU
-                dtypes.append(x.dtype)
         result = tensor.to(*dtypes, **kwargs) if dtypes or kwargs else tensor
         return result if device is None else self.move(result, torch.device(device))
 

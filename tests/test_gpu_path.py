@@ -1,6 +1,5 @@
 """What a GPU computes, without one: fake_gpu.py's rules about devices; the step as one graph."""
 
-import os
 import signal
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,7 +8,7 @@ from dataclasses import replace
 import pytest
 import strokes
 import torch
-from conftest import ROOT, SHORT
+from conftest import ROOT, SHORT, signal_at
 from fake_gpu import Operations, WrongDeviceError, fake_gpu
 from PIL import Image
 
@@ -27,26 +26,6 @@ def config(tiny_emnist, tmp_path) -> train.Config:
     return train.parse([*SHORT, *files, "--device", "auto", "--outliers", "0.25"])
 
 
-@pytest.fixture
-def train_and_stop(config, monkeypatch) -> Callable:
-    """Train, looking at the loss every third step, until a signal comes in the fourth."""
-    learning_rate = train.learning_rate
-
-    def strike(step: int, *rest: object) -> float:
-        if step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return learning_rate(step, *rest)
-
-    def until_stopped() -> None:
-        with monkeypatch.context() as patched:
-            patched.setattr(train, "learning_rate", strike)
-            with pytest.raises(KeyboardInterrupt):
-                train.train(config)
-
-    monkeypatch.setattr(train, "REPORT_STEPS", 3)
-    return until_stopped
-
-
 def waits_in_steps(fake_gpu: Operations) -> dict[str, int]:
     """Say what waited for the GPU in the steps themselves, and how often."""
     rare = ("finish_epoch", "save_checkpoint")
@@ -55,9 +34,11 @@ def waits_in_steps(fake_gpu: Operations) -> dict[str, int]:
 
 
 def test_a_training_that_goes_on_keeps_devices_apart_and_waits_only_to_report(
-    config, fake_gpu, train_and_stop, capsys
+    config, fake_gpu, monkeypatch, capsys
 ):
-    train_and_stop()
+    monkeypatch.setattr(train, "REPORT_STEPS", 3)
+    with signal_at(3, signal.SIGTERM), pytest.raises(KeyboardInterrupt):
+        train.train(config)
     assert len(train.train(replace(config, resume=True))["history"]) == 1
     with capsys.disabled():
         print("\nwaits in 8 steps:", waits_in_steps(fake_gpu))
@@ -66,9 +47,10 @@ def test_a_training_that_goes_on_keeps_devices_apart_and_waits_only_to_report(
     assert waits_in_steps(fake_gpu) == expected
 
 
-def test_what_else_waits_for_the_gpu_is_seen(fake_gpu, train_and_stop, monkeypatch):
+def test_what_else_waits_for_the_gpu_is_seen(config, fake_gpu, monkeypatch):
     monkeypatch.setattr(train, "augment", lambda images, names: images / images.max().item())
-    train_and_stop()
+    with signal_at(3, signal.SIGTERM), pytest.raises(KeyboardInterrupt):
+        train.train(config)
     found = waits_in_steps(fake_gpu)
     assert "train > learn > batches > make_batches: aten._local_scalar_dense.default" in found
 

@@ -41,24 +41,11 @@ def uninterrupted(one_thread, tiny_emnist, tmp_path_factory) -> tuple[str, dict[
     return content(path)
 
 
-def train_until(run_train, monkeypatch, step: int, number: signal.Signals, *flags: object):
-    """Train until a signal comes at a step; return the outcome."""
-    rate = train.learning_rate
-
-    def strike(at: int, *rest: object) -> float:
-        if at == step:
-            os.kill(os.getpid(), number)
-        return rate(at, *rest)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(train, "learning_rate", strike)
-        return run_train(*flags)
-
-
 @pytest.fixture
-def interrupted(run_train, monkeypatch, tmp_path) -> Path:
-    """A checkpoint of step 13 of 24."""
-    assert train_until(run_train, monkeypatch, 12, signal.SIGTERM).status == 143
+def interrupted(run_train, tmp_path) -> Path:
+    """A checkpoint of step 4 of 24."""
+    with conftest.signal_at(3, signal.SIGTERM):
+        assert run_train().status == 143
     return tmp_path / CHECKPOINT
 
 
@@ -118,11 +105,10 @@ def test_a_signal_after_the_last_step_is_obeyed(run_train, monkeypatch, uninterr
     assert content(tmp_path / "model.pt") == uninterrupted
 
 
-def test_signals_save_and_say_how_to_go_on(
-    run_train, monkeypatch, uninterrupted, tiny_emnist, tmp_path
-):
+def test_signals_save_and_say_how_to_go_on(run_train, uninterrupted, tiny_emnist, tmp_path):
     for number, status, step in ((signal.SIGTERM, 143, 6), (signal.SIGINT, 130, 15)):
-        outcome = train_until(run_train, monkeypatch, step, number, "--resume")
+        with conftest.signal_at(step, number):
+            outcome = run_train("--resume")
         assert (outcome.status, outcome.out) == (status, "")
         last = outcome.err.splitlines()[-1]
         assert last == "stopped at your request; go on with the same command and --resume"
