@@ -36,6 +36,15 @@ def tiny_emnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return strokes.write_tiny_emnist(tmp_path_factory.mktemp("emnist"))
 
 
+@pytest.fixture
+def config(tiny_emnist: Path, tmp_path: Path):
+    """The Config of a run of 24 short steps."""
+    import train
+
+    files = ["--data", str(tiny_emnist), "--out", str(tmp_path / "model.pt")]
+    return train.parse([*SHORT, *files, "--precision", "float32"])
+
+
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights of no merit whose answers differ from picture to picture, with a temperature."""

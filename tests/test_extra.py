@@ -21,15 +21,14 @@ def pictures(tmp_path: Path) -> Path:
     for i, character in enumerate("AAqq777"):
         (folder / character).mkdir(parents=True, exist_ok=True)
         drawn(character.upper(), seed=i).save(folder / character / f"{i}.png")
-    (folder / "A" / "damaged.png").write_bytes(b"no picture")
+    (folder / "A" / "\x1b[2J.png").write_bytes(b"no picture")
     (folder / "CREDIT.txt").write_text("Somebody's hands\n")
     return folder
 
 
 @pytest.fixture
-def config(tiny_emnist: Path, tmp_path: Path) -> train.Config:
-    options = {"epochs": 1, "batch_size": BATCH, "warmup": 2, "device": "cpu", "wandb": False}
-    return train.Config(data=tiny_emnist, out=tmp_path / "out.pt", **options)
+def config(config) -> train.Config:
+    return replace(config, epochs=1, batch_size=BATCH, extra_fraction=0.25)
 
 
 def split_of(count: int) -> train.Split:
@@ -44,16 +43,20 @@ def test_folders_are_read_fitted_and_appended(pictures, capsys):
     assert both.images[50:].amax((1, 2)).tolist() == [255] * 7  # fitted: ink 255 on 0
     assert both.images[50:, 0].max() == 0
     said = capsys.readouterr().err
-    assert "damaged.png: not a picture in a format that is read here" in said
-    assert len(said.splitlines()) == 1
+    assert r"\x1b[2J.png: not a picture in a format that is read here" in said
+    assert said.removesuffix("\n").isprintable()  # a line, and nothing that a terminal obeys
+    with pytest.raises(SystemExit, match="none of its pictures can be read"):
+        train.add_extra(split_of(50), [(str(pictures / "absent.png"), 3, "")])
 
 
-def test_a_csv_that_is_no_table_of_corrections_is_told_by_what_is_wrong(run_train, tmp_path):
+def test_a_csv_of_no_corrections_is_told_by_what_is_wrong_and_none_is_replaced(run_train, tmp_path):
     table = tmp_path / "corrections.csv"
     table.write_text("path;character\na.png;A\n")
     error = run_train("--extra", table).error
     expected = "no column 'path': give a csv, by comma, in UTF-8, "
     assert error.startswith(f"--extra {table}: {expected}")
+    error = run_train("--extra", table, "--out", table).error
+    assert error == f"--out {table}: would replace --extra: choose another file"
 
 
 def test_what_is_hidden_or_no_class_is_passed_over_and_the_latter_named_once(tmp_path, capsys):
@@ -72,16 +75,6 @@ def test_what_is_hidden_or_no_class_is_passed_over_and_the_latter_named_once(tmp
     assert said == f"--extra {tmp_path}: passed over, as no class of 0-9 and A-Z: {listed}\n"
 
 
-def test_when_nothing_can_be_read_it_ends_and_no_name_commands_the_terminal(tmp_path, capsys):
-    bad = tmp_path / "\x1b[2J.png"
-    bad.write_bytes(b"no picture")
-    with pytest.raises(SystemExit, match="none of its pictures can be read"):
-        train.add_extra(split_of(2), [(str(bad), 3, "")])
-    said = capsys.readouterr().err
-    assert r"\x1b[2J.png: not a picture" in said
-    assert said.strip().isprintable()
-
-
 def test_corrections_of_the_report_also_from_windows_or_of_empty_cells(
     tmp_path, monkeypatch, capsys
 ):
@@ -94,17 +87,8 @@ def test_corrections_of_the_report_also_from_windows_or_of_empty_cells(
     assert capsys.readouterr().err.endswith("no class of 0-9 and A-Z: '' (2)\n")
 
 
-def test_corrections_are_not_replaced_by_the_weights(run_train, tmp_path):
-    table = tmp_path / "corrections.csv"
-    table.write_text("path,character\na.png,A\n")
-    error = run_train("--extra", table, "--out", table).error
-    assert error == f"--out {table}: would replace --extra: choose another file"
-    assert table.read_text() == "path,character\na.png,A\n"
-
-
 def test_each_batch_begins_with_its_fraction_of_extra_pictures(config):
     split = split_of(110)._replace(writers=("",) * 10)
-    config = replace(config, extra_fraction=0.25)
     rows = train.draw_epoch(split, 0, config)
     assert rows.shape == (100 // (BATCH - 6), BATCH)
     assert (rows[:, :6] >= 100).all()
@@ -115,9 +99,9 @@ def test_each_batch_begins_with_its_fraction_of_extra_pictures(config):
     assert (train.draw_epoch(split, 1, config) != rows).any()
 
 
-def test_init_starts_from_a_file_and_learns_the_extra(config, pictures, tmp_path):
+def test_init_starts_from_a_file_and_learns_the_extra(config, pictures):
     start = CNN.load(ROOT / "model.pt")
-    config = replace(config, init=ROOT / "model.pt", extra=pictures, extra_fraction=0.25, lr=1e-4)
+    config = replace(config, init=ROOT / "model.pt", extra=pictures, lr=1e-4, outliers=0.05)
     state = train.create_state(config, train.set_up(config))
     for key, value in start.state_dict().items():
         torch.testing.assert_close(state.net.state_dict()[key], value)

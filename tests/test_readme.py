@@ -191,22 +191,6 @@ def test_picture_is_drawn_again_as_it_is_kept(name, tmp_path):
 # Records
 
 
-def test_a_run_is_recorded_and_repeated_by_its_name(tiny_emnist, tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "RECORDS", tmp_path / "runs.jsonl")
-    study.RECORDS.write_text("")
-    files = ["--data", str(tiny_emnist), "--weights", str(tmp_path)]
-    flags = ["--arch", "run1", "--epochs", "2", "--batch-size", "32", "--what", "a try"]
-    study.main(["train", "mine", *flags, *files])
-    record = study.read_records()["mine"]
-    study.main(["train", "mine", *files])
-    repeated = study.read_records()["mine"]
-    assert record["what"] == "a try"
-    assert record["settings"]["arch"] == "run1"
-    assert len(record["curve"]["nll"]) == 2
-    for key in ("what", "settings", "curve", "test"):
-        assert repeated[key] == record[key]
-
-
 def test_runs_can_be_repeated_with_nothing_left_to_defaults_or_are_said_to_be_history():
     for record in RUNS:
         if "history" in record:

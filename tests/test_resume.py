@@ -12,7 +12,6 @@ import pytest
 import strokes
 import torch
 
-import CNN
 import train
 
 CHECKPOINT = "model.checkpoint.pt"
@@ -88,21 +87,6 @@ def test_killed_again_and_again_it_ends_bit_for_bit_the_same(
     assert outcome.err.startswith(f"going on from {checkpoint}, step {step}\n")
     assert content(tmp_path / "model.pt") == uninterrupted
     assert sorted(os.listdir(tmp_path)) == ["model.pt", "said"]
-
-
-def test_a_signal_after_the_last_step_is_obeyed(run_train, monkeypatch, uninterrupted, tmp_path):
-    predict = CNN.predict
-
-    def strike(net: CNN.Net, images: torch.Tensor, *rest: object) -> tuple:
-        if len(images) == 72:  # test is read
-            os.kill(os.getpid(), signal.SIGINT)
-        return predict(net, images, *rest)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(CNN, "predict", strike)
-        assert run_train().status == 130
-    assert run_train("--resume").status == 0
-    assert content(tmp_path / "model.pt") == uninterrupted
 
 
 def test_signals_save_and_say_how_to_go_on(run_train, uninterrupted, tiny_emnist, tmp_path):

@@ -17,7 +17,7 @@ import pytest
 import strokes
 import torch
 import torch.nn.functional as F
-from conftest import SHORT, train_in_fork
+from conftest import train_in_fork
 from torch.testing import assert_close
 
 import CNN
@@ -32,13 +32,6 @@ CPU = Machine(torch.device("cpu"), torch.float32)
 def split(tiny_emnist) -> Split:
     """The 144 pictures to train on of the tiny EMNIST."""
     return train.read_emnist(tiny_emnist, train=True)
-
-
-@pytest.fixture
-def config(tiny_emnist, tmp_path) -> Config:
-    """The settings of a run of 24 short steps."""
-    files = ["--data", str(tiny_emnist), "--out", str(tmp_path / "model.pt")]
-    return train.parse([*SHORT, *files, "--precision", "float32"])
 
 
 def contents(images: torch.Tensor) -> list[bytes]:

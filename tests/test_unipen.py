@@ -87,21 +87,6 @@ def test_neighbours_of_one_label_are_left_out_of_ibm(tmp_path):
     assert len(list(read(write(tmp_path, apart, "ibm"), "ibm"))) == 2
 
 
-@pytest.mark.parametrize(
-    ("label", "points", "plausible"),
-    [
-        ("A", [(0, 0), (5, -10)], False),
-        ("m", [(0, 0), (20, -10), (39, 0)], True),
-        ("m", [(0, 0), (20, -9), (39, 0)], False),
-        ("I", [(0, 0), (0, -5), (1, -100)], True),
-        ("B", [(0, 0), (0, -5), (1, -100)], False),
-    ],
-)
-def test_characters_of_impossible_shape_are_left_out(label, points, plausible):
-    character = unipen.Character(label, "writer", [np.array(points, float)])
-    assert unipen.is_plausible(character) == plausible
-
-
 def test_a_character_is_drawn_upright_with_its_pen():
     stem = np.array([(0, 0), (0, -100)], float)
     foot = np.array([(0, 0), (60, 0)], float)
