@@ -21,6 +21,7 @@ import torch
 import CNN
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # quickest for so little, several at a time
+os.environ.pop("PYTHONUNBUFFERED", None)  # stdout as users have it
 ROOT = Path(__file__).resolve().parent.parent
 CNN.ARCHITECTURES["tiny"] = partial(CNN.two_blocks, 16, 32, 64)  # learns in a second
 SHORT = ["--arch", "tiny", "--batch-size", "16", "--epochs", "3", "--warmup", "5"]
