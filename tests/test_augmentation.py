@@ -1,6 +1,7 @@
 """Augmentations and outliers against Pillow, hand-made cases and the formula written out."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -30,16 +31,21 @@ def labels(tiny_emnist) -> torch.Tensor:
     return train.read_emnist(tiny_emnist, train=True).labels
 
 
-@pytest.mark.parametrize("names", [*train.AUGMENTATIONS, train.Config.augment])
-def test_augment_changes_images_and_keeps_their_ink_full(batch, names):
-    before = batch.clone()
+def draw_repeatedly(make: Callable[..., torch.Tensor], *arguments: object) -> torch.Tensor:
+    """Return what is drawn with a seed, the same each time, another with another seed."""
     results = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        results.append(train.augment(batch, names))
-    changed, again, other = results
-    assert torch.equal(changed, again)
-    assert not torch.equal(changed, other)
+        results.append(make(*arguments))
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+    return results[0]
+
+
+@pytest.mark.parametrize("names", [*train.AUGMENTATIONS, train.Config.augment])
+def test_augment_changes_images_and_keeps_their_ink_full(batch, names):
+    before = batch.clone()
+    changed = draw_repeatedly(train.augment, batch, names)
     assert torch.equal(batch, before)
     assert changed.shape == batch.shape
     assert (changed - batch).abs().amax((1, 2, 3)).gt(0.02).float().mean() > 0.2
@@ -50,29 +56,24 @@ def test_augment_changes_images_and_keeps_their_ink_full(batch, names):
     assert 0 <= blank.min() <= blank.max() <= 1
 
 
-def test_the_first_half_of_a_batch_is_augmented_and_outliers_are_appended(pixels, labels):
-    images = pixels[:80].view(2, 40, 28, 28)
-    labels = labels[:80].view(2, 40)
-    batches = train.make_batches(images, labels, "warp,tone", 0.25)
-    assert batches.shape == (2, 50, 1, 28, 28)
-    changed = (batches[:, :40, 0] - images / 255).abs().amax((2, 3)) > 0
-    assert changed[:, :20].all()
-    assert not changed[:, 20:].any()
-    assert (batches[:, 40:].amax((2, 3, 4)) > 0.5).all()
-    plain = train.make_batches(images, labels, "none", 0)
-    assert torch.equal(plain[:, :, 0], images / 255)
-
-
-def test_each_batch_of_a_chunk_has_outliers_of_every_kind(pixels, labels, monkeypatch):
+def test_half_of_a_batch_is_augmented_and_outliers_of_every_kind_are_added(
+    pixels, labels, monkeypatch
+):
     def numbered(images, labels, count):  # the kinds come one after the other, a fifth each
         return torch.arange(count).view(-1, 1, 1, 1).expand(-1, 1, 28, 28)
 
     monkeypatch.setattr(train, "make_outliers", numbered)
     images = pixels[:120].view(3, 40, 28, 28)
     labels = labels[:120].view(3, 40)
-    batches = train.make_batches(images, labels, "none", 0.25)
+    batches = train.make_batches(images, labels, "warp,tone", 0.25)
+    assert batches.shape == (3, 50, 1, 28, 28)
+    changed = (batches[:, :40, 0] - images / 255).abs().amax((2, 3)) > 0
+    assert changed[:, :20].all()
+    assert not changed[:, 20:].any()
     kinds = batches[:, 40:, 0, 0, 0] // 6  # 30 outliers, so 6 of each kind
     assert kinds.sort(dim=1).values.tolist() == [[0, 0, 1, 1, 2, 2, 3, 3, 4, 4]] * 3
+    plain = train.make_batches(images, labels, "none", 0)
+    assert torch.equal(plain[:, :, 0], images / 255)
 
 
 @pytest.mark.parametrize("count", [1, 20])
@@ -80,13 +81,7 @@ def test_each_batch_of_a_chunk_has_outliers_of_every_kind(pixels, labels, monkey
 def test_outliers_are_full_of_ink_and_repeat_with_a_seed(batch, labels, count, only):
     if only:  # a batch of one character
         labels = torch.full((len(batch),), ALPHABET.index(only))
-    results = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        results.append(train.make_outliers(batch, labels, count))
-    outliers, again, other = results
-    assert torch.equal(outliers, again)
-    assert not torch.equal(outliers, other)
+    outliers = draw_repeatedly(train.make_outliers, batch, labels, count)
     assert outliers.shape == (count, 1, 28, 28)
     assert 0 <= outliers.min() <= outliers.max() <= 1
     assert (outliers.amax((1, 2, 3)) > 0.5).all()

@@ -115,15 +115,13 @@ def test_ranks_share_each_batch_of_one_process(tiny_emnist, monkeypatch):
     split = train.read_emnist(tiny_emnist, train=True)
     config = Config(batch_size=8, augment="none", outliers=0.0)
     alone = train.batches(split, 17, config, ALONE)
-    first_rank, second_rank = (train.batches(split, 17, config, machine) for machine in MACHINES)
+    ranks = [train.batches(split, 17, config, machine) for machine in MACHINES]
     for _ in range(9):
         images, labels = next(alone)
-        first_images, first_labels = next(first_rank)
-        second_images, second_labels = next(second_rank)
-        assert torch.equal(images[::2], first_images)
-        assert torch.equal(images[1::2], second_images)
-        assert torch.equal(labels[::2], first_labels)
-        assert torch.equal(labels[1::2], second_labels)
+        for rank, feed in enumerate(ranks):
+            own_images, own_labels = next(feed)
+            assert torch.equal(images[rank::2], own_images)
+            assert torch.equal(labels[rank::2], own_labels)
     monkeypatch.setattr(train.dist, "barrier", lambda: None)
     with pytest.raises(SystemExit, match="--batch-size 15: 2 ranks"):
         train.load_splits(Config(batch_size=15, data=tiny_emnist), MACHINES[0])

@@ -63,9 +63,8 @@ def test_copies_of_a_picture_are_on_one_side_of_the_cut_whatever_their_order():
 
 
 def test_epochs_show_every_picture_once_each_in_another_order(split):
-    shown = list(
-        train.batches(split, 0, Config(batch_size=36, epochs=2, augment="none", outliers=0), CPU)
-    )
+    config = Config(batch_size=36, epochs=2, augment="none", outliers=0)
+    shown = list(train.batches(split, 0, config, CPU))
     orders, plain = [], dict(zip(contents(split.images), split.labels.tolist(), strict=True))
     for epoch in (shown[:4], shown[4:]):
         assert [images.shape for images, _ in epoch] == [(36, 1, 28, 28)] * 4
