@@ -6,10 +6,12 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ import torch
 import CNN
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # quickest for so little, several at a time
+os.environ.pop("PYTHONUNBUFFERED", None)  # stdout as users have it
 ROOT = Path(__file__).resolve().parent.parent
 CNN.ARCHITECTURES["tiny"] = partial(CNN.two_blocks, 16, 32, 64)  # learns in a second
 SHORT = ["--arch", "tiny", "--batch-size", "16", "--epochs", "3", "--warmup", "5"]
@@ -32,6 +35,15 @@ os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT}/tests"  # where it finds them
 def tiny_emnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for `train.py --data`: 4 pictures a class to train on, 2 to test on."""
     return strokes.write_tiny_emnist(tmp_path_factory.mktemp("emnist"))
+
+
+@pytest.fixture
+def config(tiny_emnist: Path, tmp_path: Path):
+    """The Config of a run of 24 short steps."""
+    import train
+
+    files = ["--data", str(tiny_emnist), "--out", str(tmp_path / "model.pt")]
+    return train.parse([*SHORT, *files, "--precision", "float32"])
 
 
 @pytest.fixture(scope="session")
@@ -76,21 +88,40 @@ def undone() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def train_in_fork(said: Path, environ: dict[str, str], *flags: object) -> multiprocessing.Process:
-    """Run train.py in a process of its own; what it says goes to a file."""
-    process = FORKS.Process(target=_train, args=(said, environ, [str(flag) for flag in flags]))
+def train_in_fork(said: Path, *flags: object, **how: object) -> multiprocessing.Process:
+    """Run train.py in a process of its own; what it says goes to a file. how: see _train."""
+    process = FORKS.Process(target=_train, args=(said, list(map(str, flags))), kwargs=how)
     process.start()
     return process
 
 
-def _train(said: Path, environ: dict[str, str], flags: list[str]) -> None:
+def _train(
+    said: Path, flags: list[str], environ: Mapping = {}, stdout: Path | None = None, prepare=None
+) -> None:
     import train
 
     os.environ.update(environ)
-    file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1), os.dup2(file, 2)
-    train.CHECKPOINT_SECONDS = -1  # one at every step
-    os._exit(train.main([*SHORT, *flags]))
+    for number, path in ((1, stdout or said), (2, said)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    if prepare:
+        prepare()
+    sys.exit(train.main([*SHORT, *flags]))
+
+
+@contextmanager
+def signal_at(step: int, number: signal.Signals) -> Iterator[None]:
+    """Let a signal come in a step of a training in this process."""
+    import train
+
+    learning_rate = train.learning_rate
+
+    def strike(at: int, *rest: object) -> float:
+        if at == step:
+            os.kill(os.getpid(), number)
+        return learning_rate(at, *rest)
+
+    with patch.object(train, "learning_rate", strike):
+        yield
 
 
 class Outcome(NamedTuple):

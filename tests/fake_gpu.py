@@ -5,9 +5,9 @@ would not allow raises, in the backward pass and the optimizer, too; what would 
 counted. Kernels that wait by themselves are seen only as far as WAITS names them.
 """
 
+import os
 from collections import Counter
-from pathlib import Path
-from traceback import extract_stack
+from traceback import walk_stack
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CPU = torch.device("cpu")
 GPU = torch.device("cuda:0")
 aten = torch.ops.aten
@@ -25,12 +25,7 @@ COPIES = {aten._to_copy.default, aten.copy_.default, aten.copy.default}
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 INDEXING |= {aten._index_put_impl_.default, aten._unsafe_index.Tensor}
 WAITS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default}
-WAITS |= {
-    aten._unique2.default,
-    aten.bincount.default,
-    aten.equal.default,
-    aten.multinomial.default,
-}
+WAITS |= {aten._unique2.default, aten.bincount.default, aten.equal.default}
 
 
 class WrongDeviceError(RuntimeError):
@@ -65,8 +60,9 @@ class Operations(TorchDispatchMode):
         self.waits: Counter[str] = Counter()  # by the functions of ours that wait, and for what
 
     def note_wait(self, what: object) -> None:
-        frames = [frame for frame in extract_stack() if Path(frame.filename).parent == ROOT]
-        self.waits[f"{' > '.join(frame.name for frame in frames)}: {what}"] += 1
+        codes = [frame.f_code for frame, _ in walk_stack(None)]
+        ours = [code.co_name for code in codes if os.path.dirname(code.co_filename) == ROOT]
+        self.waits[f"{' > '.join(reversed(ours))}: {what}"] += 1
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> object:
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
@@ -107,8 +103,6 @@ class Placement(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func == Tensor.device.__get__:
             return GPU if args[0] in self.claims else CPU
-        if func == Tensor.is_cuda.__get__:
-            return args[0] in self.claims
         if func is Tensor.__deepcopy__:  # it copies the storage past the dispatcher
             on_gpu = args[0] in self.claims
             result = func(*args, **kwargs)
@@ -128,9 +122,6 @@ class Placement(TorchFunctionMode):
         for x in args:
             if isinstance(x, (str, torch.device)):
                 device = x
-            elif isinstance(x, Tensor):
-                device = GPU if x in self.claims else CPU
-                dtypes.append(x.dtype)
         result = tensor.to(*dtypes, **kwargs) if dtypes or kwargs else tensor
         return result if device is None else self.move(result, torch.device(device))
 

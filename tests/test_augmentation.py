@@ -1,6 +1,7 @@
 """Augmentations and outliers against Pillow, hand-made cases and the formula written out."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -30,16 +31,21 @@ def labels(tiny_emnist) -> torch.Tensor:
     return train.read_emnist(tiny_emnist, train=True).labels
 
 
-@pytest.mark.parametrize("names", [*train.AUGMENTATIONS, train.Config.augment])
-def test_augment_changes_images_and_keeps_their_ink_full(batch, names):
-    before = batch.clone()
+def draw_repeatedly(make: Callable[..., torch.Tensor], *arguments: object) -> torch.Tensor:
+    """Return what is drawn with a seed, the same each time, another with another seed."""
     results = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        results.append(train.augment(batch, names))
-    changed, again, other = results
-    assert torch.equal(changed, again)
-    assert not torch.equal(changed, other)
+        results.append(make(*arguments))
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+    return results[0]
+
+
+@pytest.mark.parametrize("names", [*train.AUGMENTATIONS, train.Config.augment])
+def test_augment_changes_images_and_keeps_their_ink_full(batch, names):
+    before = batch.clone()
+    changed = draw_repeatedly(train.augment, batch, names)
     assert torch.equal(batch, before)
     assert changed.shape == batch.shape
     assert (changed - batch).abs().amax((1, 2, 3)).gt(0.02).float().mean() > 0.2
@@ -50,77 +56,56 @@ def test_augment_changes_images_and_keeps_their_ink_full(batch, names):
     assert 0 <= blank.min() <= blank.max() <= 1
 
 
-def test_the_first_half_of_a_batch_is_augmented_and_outliers_are_appended(pixels, labels):
-    images = pixels[:80].view(2, 40, 28, 28)
-    labels = labels[:80].view(2, 40)
-    batches = train.make_batches(images, labels, "warp,tone", 0.25)
-    assert batches.shape == (2, 50, 1, 28, 28)
-    changed = (batches[:, :40, 0] - images / 255).abs().amax((2, 3)) > 0
-    assert changed[:, :20].all()
-    assert not changed[:, 20:].any()
-    assert (batches[:, 40:].amax((2, 3, 4)) > 0.5).all()
-    plain = train.make_batches(images, labels, "none", 0)
-    assert torch.equal(plain[:, :, 0], images / 255)
-
-
-def test_each_batch_of_a_chunk_has_outliers_of_every_kind(pixels, labels, monkeypatch):
+def test_half_of_a_batch_is_augmented_and_outliers_of_every_kind_are_added(
+    pixels, labels, monkeypatch
+):
     def numbered(images, labels, count):  # the kinds come one after the other, a fifth each
         return torch.arange(count).view(-1, 1, 1, 1).expand(-1, 1, 28, 28)
 
     monkeypatch.setattr(train, "make_outliers", numbered)
     images = pixels[:120].view(3, 40, 28, 28)
     labels = labels[:120].view(3, 40)
-    batches = train.make_batches(images, labels, "none", 0.25)
+    batches = train.make_batches(images, labels, "warp,tone", 0.25)
+    assert batches.shape == (3, 50, 1, 28, 28)
+    changed = (batches[:, :40, 0] - images / 255).abs().amax((2, 3)) > 0
+    assert changed[:, :20].all()
+    assert not changed[:, 20:].any()
     kinds = batches[:, 40:, 0, 0, 0] // 6  # 30 outliers, so 6 of each kind
     assert kinds.sort(dim=1).values.tolist() == [[0, 0, 1, 1, 2, 2, 3, 3, 4, 4]] * 3
+    plain = train.make_batches(images, labels, "none", 0)
+    assert torch.equal(plain[:, :, 0], images / 255)
 
 
-@pytest.mark.parametrize("count", [1, 4, 20])
-def test_outliers_are_made_in_fifths_and_repeat_with_a_seed(batch, labels, count):
-    results = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        results.append(train.make_outliers(batch, labels, count))
-    outliers, again, other = results
-    assert torch.equal(outliers, again)
-    assert not torch.equal(outliers, other)
+@pytest.mark.parametrize("count", [1, 20])
+@pytest.mark.parametrize("only", ["", "1", "A"])
+def test_outliers_are_full_of_ink_and_repeat_with_a_seed(batch, labels, count, only):
+    if only:  # a batch of one character
+        labels = torch.full((len(batch),), ALPHABET.index(only))
+    outliers = draw_repeatedly(train.make_outliers, batch, labels, count)
     assert outliers.shape == (count, 1, 28, 28)
     assert 0 <= outliers.min() <= outliers.max() <= 1
     assert (outliers.amax((1, 2, 3)) > 0.5).all()
 
 
-def test_two_characters_of_an_outlier_have_different_shapes_and_are_no_lines(batch, labels):
-    """Marked by their label in one pixel, the characters of the overwritten fifth are known."""
-    marked = torch.zeros_like(batch)
-    rows = torch.arange(len(batch))
-    marked[rows, 0, labels // 28, labels % 28] = 1
-    torch.manual_seed(0)
-    overwritten = train.make_outliers(marked, labels, 500)[100:200]
-    for outlier in overwritten:
-        one, other = (ALPHABET[i] for i in outlier.flatten().nonzero().flatten().tolist())
-        assert not any(one in group and other in group for group in train.SHAPES)
-        assert not {one, other} & set("1IL")
+def test_two_characters_of_an_outlier_are_no_lines_and_any_of_other_shapes_is_as_likely():
+    """Marked by one pixel each, the images of the overwritten fifth are known.
 
-
-def test_pairs_are_as_likely_as_their_weights_say():
-    """Each first one alike, then each of another shape: Pearson's chi-square of 200,000 pairs."""
-    labels = torch.tensor([ALPHABET.index(character) for character in "1IL00O2Z75SEEVI"])
-    shape = [
-        next(i for i, group in enumerate(train.SHAPES) if ALPHABET[label] in group)
-        for label in labels
-    ]
-    weights = torch.zeros(len(labels), len(labels), dtype=torch.float64)
-    for first, own in enumerate(shape):
-        for second, other in enumerate(shape):
-            weights[first, second] = own > 0 and other > 0 and own != other
-    possible = weights.any(1)
-    expected = weights[possible] / weights[possible].sum(1, keepdim=True) / possible.sum()
+    The first is any that is no line, the second any of another shape: Pearson's chi-square.
+    """
+    labels = torch.tensor([ALPHABET.index(character) for character in "1IL00O2Z75SEEV"])
+    shape = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 4, 4, 5])
+    marked = torch.eye(14, 28 * 28).view(14, 1, 28, 28)
     torch.manual_seed(0)
-    rows, other_rows = train.draw_pairs(labels, 200_000)
-    counts = torch.zeros_like(weights).index_put_((rows, other_rows), torch.ones(()).double(), True)
-    assert counts[weights == 0].sum() == 0
-    expected = 200_000 * expected[weights[possible] > 0]
-    chi_square = ((counts[weights > 0] - expected) ** 2 / expected).sum().item()
+    overwritten = [train.make_outliers(marked, labels, 1000)[200:400] for _ in range(2)]
+    pairs = torch.cat(overwritten).flatten(1).nonzero()[:, 1].view(400, 2)
+    counts = torch.zeros(14, 14).index_put_(tuple(pairs.T), torch.ones(()), accumulate=True)
+    possible = (shape[:, None] != shape) & (shape[:, None] > 0) & (shape > 0)
+    second = possible / possible.sum(1, keepdim=True).clamp(min=1)
+    expected = 400 / 11 * (second + second.T).triu()  # 11 are no lines; which is first is not seen
+    assert counts[expected == 0].sum() == 0
+    counts = counts[expected > 0]
+    expected = expected[expected > 0]
+    chi_square = ((counts - expected) ** 2 / expected).sum().item()
     freedom = len(expected) - 1
     assert abs(chi_square - freedom) < 4 * math.sqrt(2 * freedom)
 
@@ -131,12 +116,6 @@ def test_outliers_of_a_large_batch_take_memory_for_their_images_only():
     with torch.profiler.profile(profile_memory=True) as profile:
         train.make_outliers(images, torch.arange(100_000) % 36, 100)
     assert max(event.cpu_memory_usage for event in profile.events()) < 10e6
-
-
-def test_a_batch_of_one_character_has_outliers_as_well(batch):
-    for character in "1A":
-        labels = torch.full((len(batch),), ALPHABET.index(character))
-        assert train.make_outliers(batch, labels, 5).shape == (5, 1, 28, 28)
 
 
 def test_a_zigzag_is_drawn_as_pillow_draws_it():

@@ -61,50 +61,40 @@ def test_archive_put_there_by_hand_needs_no_network(run_train, archive, files, t
     assert content(data) == files | {GZIP: archive}
 
 
-REASONS = {
-    "absent": "HTTP Error 404", "cut short": "not found or corrupted", "stall": "timed out",
-    "web page": "not found or corrupted", "no network": "Connection refused",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", REASONS)
-def test_failed_download_is_one_line_and_can_be_repeated(
-    run_train, archive, files, address, tmp_path, monkeypatch, kind
+def test_failed_downloads_and_a_damaged_archive_are_told_and_it_can_be_repeated(
+    run_train, archive, files, address, tmp_path, monkeypatch
 ):
-    data, source, patience = tmp_path / "data", tmp_path / "gzip.zip", socket.setdefaulttimeout
+    data = tmp_path / "data"
+    (data / GZIP).parent.mkdir(parents=True)
+    (data / GZIP).write_bytes(b"cut short")
+    (tmp_path / "gzip.zip").write_bytes(archive[:-2000])
+    patience = socket.setdefaulttimeout
     monkeypatch.setattr(socket, "setdefaulttimeout", lambda seconds: patience(seconds / 100))
     with socket.create_server(("127.0.0.1", 0)) as silent:
         stalling = f"http://127.0.0.1:{silent.getsockname()[1]}/gzip.zip"
-        url = {"no network": NOBODY, "stall": stalling}.get(kind, address)
-        monkeypatch.setattr(EMNIST, "url", url)
-        if kind in ("cut short", "web page"):
-            source.write_bytes(archive[:-2000] if kind == "cut short" else b"<html>Sign in!</html>")
-        error = run_train("--data", data).error
-    assert error.startswith(f"no EMNIST in {data}: ")
-    assert REASONS[kind] in error
-    assert error.endswith(f"without a network, put {url} (562 MB) there first")
+        for url, reason in (
+            (NOBODY, "Connection refused"),
+            (stalling, "timed out"),
+            (address, "not found or corrupted"),  # as it is cut short
+        ):
+            monkeypatch.setattr(EMNIST, "url", url)
+            outcome = run_train("--data", data)
+            assert f"{data / GZIP} is damaged or incomplete: it is downloaded" in outcome.err
+            assert outcome.error.startswith(f"no EMNIST in {data}: ")
+            assert reason in outcome.error
+            assert outcome.error.endswith(f"without a network, put {url} (562 MB) there first")
 
-    source.write_bytes(archive)
-    monkeypatch.setattr(EMNIST, "url", address)
+    (tmp_path / "gzip.zip").write_bytes(archive)
     status, _, err = run_train("--epochs", 1, "--data", data)
     assert status == 0
     assert f"EMNIST is not in {data}/EMNIST/raw yet: {address}, 562 MB" in err
     assert content(data) == files | {GZIP: archive}
 
 
-def test_a_damaged_archive_that_was_put_there_is_named(run_train, tmp_path, monkeypatch):
-    monkeypatch.setattr(EMNIST, "url", NOBODY)
-    (tmp_path / GZIP).parent.mkdir(parents=True)
-    (tmp_path / GZIP).write_bytes(b"cut short")
-    outcome = run_train("--data", tmp_path)
-    assert f"{tmp_path / GZIP} is damaged or incomplete: it is downloaded again" in outcome.err
-    assert (tmp_path / GZIP).read_bytes() == b"cut short"
-
-
 def test_damaged_file_is_one_line_that_says_what_to_delete(run_train, files, tmp_path):
     data, bad = tmp_path / "data", "EMNIST/raw/emnist-letters-train-images-idx3-ubyte"
     (data / bad).parent.mkdir(parents=True)
-    for damaged in (files[bad][:-30], b"<html>" * 9, b""):
+    for damaged in (files[bad][:-30], b""):
         for path, whole in (files | {bad: damaged}).items():
             (data / path).write_bytes(whole)
         error = run_train("--data", data).error

@@ -12,7 +12,6 @@ import CNN
 import train
 
 BATCH = 24
-CPU = train.Machine(torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture
@@ -22,15 +21,14 @@ def pictures(tmp_path: Path) -> Path:
     for i, character in enumerate("AAqq777"):
         (folder / character).mkdir(parents=True, exist_ok=True)
         drawn(character.upper(), seed=i).save(folder / character / f"{i}.png")
-    (folder / "A" / "damaged.png").write_bytes(b"no picture")
+    (folder / "A" / "\x1b[2J.png").write_bytes(b"no picture")
     (folder / "CREDIT.txt").write_text("Somebody's hands\n")
     return folder
 
 
 @pytest.fixture
-def config(tiny_emnist: Path, tmp_path: Path) -> train.Config:
-    options = {"epochs": 1, "batch_size": BATCH, "warmup": 2, "device": "cpu", "wandb": False}
-    return train.Config(data=tiny_emnist, out=tmp_path / "out.pt", **options)
+def config(config) -> train.Config:
+    return replace(config, epochs=1, batch_size=BATCH, extra_fraction=0.25)
 
 
 def split_of(count: int) -> train.Split:
@@ -45,60 +43,36 @@ def test_folders_are_read_fitted_and_appended(pictures, capsys):
     assert both.images[50:].amax((1, 2)).tolist() == [255] * 7  # fitted: ink 255 on 0
     assert both.images[50:, 0].max() == 0
     said = capsys.readouterr().err
-    assert "damaged.png: not a picture in a format that is read here" in said
-    assert len(said.splitlines()) == 1
+    assert r"\x1b[2J.png: not a picture in a format that is read here" in said
+    assert said.removesuffix("\n").isprintable()  # a line, and nothing that a terminal obeys
+    with pytest.raises(SystemExit, match="none of its pictures can be read"):
+        train.add_extra(split_of(50), [(str(pictures / "absent.png"), 3, "")])
 
 
-@pytest.mark.parametrize(
-    ("content", "found"),
-    [
-        (b"path;character\na.png;A\n", "no column 'path': give a csv, by comma, in UTF-8, "),
-        ("path,character\na.png,A\n".encode("utf-16"), "no column 'path': give a csv, "),
-        (b"", "no pictures of a class: "),
-    ],
-)
-def test_corrections_edited_by_hand_are_told_by_what_is_wrong(run_train, tmp_path, content, found):
+def test_a_csv_of_no_corrections_is_told_by_what_is_wrong_and_none_is_replaced(run_train, tmp_path):
     table = tmp_path / "corrections.csv"
-    table.write_bytes(content)
+    table.write_text("path;character\na.png;A\n")
     error = run_train("--extra", table).error
-    assert error.startswith(f"--extra {table}: {found}")
-
-
-@pytest.mark.parametrize("name", ["AB", "Ä", ""])
-def test_folders_of_no_class_or_nothing_end_it_with_the_layout(tmp_path, name):
-    if name:
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "x.png").write_bytes(b"")
-    with pytest.raises(SystemExit, match="no pictures of a class: put them into folders, as in A/"):
-        train.list_extra(tmp_path)
+    expected = "no column 'path': give a csv, by comma, in UTF-8, "
+    assert error.startswith(f"--extra {table}: {expected}")
+    error = run_train("--extra", table, "--out", table).error
+    assert error == f"--out {table}: would replace --extra: choose another file"
 
 
 def test_what_is_hidden_or_no_class_is_passed_over_and_the_latter_named_once(tmp_path, capsys):
-    names = (
-        ".git/HEAD",
-        "A/.DS_Store",
-        "A/x.png",
-        "__MACOSX/A",
-        "B\x1b[2J/1.png",
-        "B\x1b[2J/2.png",
-    )
-    for name in names:
+    for name in (".git/HEAD", "__MACOSX/A", "Ä\x1b[2J/1.png", "Ä\x1b[2J/2.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
+    with pytest.raises(SystemExit, match="no pictures of a class: put them into folders, as in A/"):
+        train.list_extra(tmp_path)
+    capsys.readouterr()
+    (tmp_path / "A").mkdir()
+    (tmp_path / "A" / ".DS_Store").write_bytes(b"")
+    (tmp_path / "A" / "x.png").write_bytes(b"")
     assert train.list_extra(tmp_path) == [(str(tmp_path / "A" / "x.png"), 10, "")]
     said = capsys.readouterr().err
-    listed = r"'B\x1b[2J' (2), '__MACOSX' (1)"
+    listed = r"'__MACOSX' (1), 'Ä\x1b[2J' (2)"
     assert said == f"--extra {tmp_path}: passed over, as no class of 0-9 and A-Z: {listed}\n"
-
-
-def test_when_nothing_can_be_read_it_ends_and_no_name_commands_the_terminal(tmp_path, capsys):
-    bad = tmp_path / "\x1b[2J.png"
-    bad.write_bytes(b"no picture")
-    with pytest.raises(SystemExit, match="none of its pictures can be read"):
-        train.add_extra(split_of(2), [(str(bad), 3, "")])
-    said = capsys.readouterr().err
-    assert r"\x1b[2J.png: not a picture" in said
-    assert said.strip().isprintable()
 
 
 def test_corrections_of_the_report_also_from_windows_or_of_empty_cells(
@@ -113,45 +87,18 @@ def test_corrections_of_the_report_also_from_windows_or_of_empty_cells(
     assert capsys.readouterr().err.endswith("no class of 0-9 and A-Z: '' (2)\n")
 
 
-def test_corrections_are_not_replaced_by_the_weights(run_train, tmp_path):
-    table = tmp_path / "corrections.csv"
-    table.write_text("path,character\na.png,A\n")
-    error = run_train("--extra", table, "--out", table).error
-    assert error == f"--out {table}: would replace --extra: choose another file"
-    assert table.read_text() == "path,character\na.png,A\n"
-
-
 def test_each_batch_begins_with_its_fraction_of_extra_pictures(config):
     split = split_of(110)._replace(writers=("",) * 10)
-    config = replace(config, extra_fraction=0.25)
     rows = train.draw_epoch(split, 0, config)
     assert rows.shape == (100 // (BATCH - 6), BATCH)
     assert (rows[:, :6] >= 100).all()
-    emnist_rows = rows[:, 6:].flatten()
-    assert (emnist_rows < 100).all()
-    assert len(emnist_rows.unique()) == len(emnist_rows)  # once each
-    assert (train.draw_epoch(split, 0, config) == rows).all()
-    assert (train.draw_epoch(split, 1, config) != rows).any()
+    assert (rows[:, 6:] < 100).all()
+    assert len(rows[:, 6:].unique()) == rows[:, 6:].numel()  # once each
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
-def test_every_rank_has_its_part_of_the_extra_pictures(config, world):
-    split = split_of(110)._replace(writers=("",) * 10, labels=torch.arange(110))
-    config = replace(config, extra_fraction=0.25, augment="none", outliers=0)
-    alone = next(train.batches(split, 0, config, CPU))[1]
-    parts = []
-    for rank in range(world):
-        machine = CPU._replace(rank=rank, world=world)
-        _, labels = next(train.batches(split, 0, config, machine))
-        assert len(labels) == BATCH // world
-        assert (labels >= 100).sum() in (6 // world, 6 // world + 1)
-        parts.append(labels)
-    assert torch.cat(parts).sort()[0].tolist() == alone.sort()[0].tolist()
-
-
-def test_init_starts_from_a_file_and_learns_the_extra(config, pictures, tmp_path):
+def test_init_starts_from_a_file_and_learns_the_extra(config, pictures):
     start = CNN.load(ROOT / "model.pt")
-    config = replace(config, init=ROOT / "model.pt", extra=pictures, extra_fraction=0.25, lr=1e-4)
+    config = replace(config, init=ROOT / "model.pt", extra=pictures, lr=1e-4, outliers=0.05)
     state = train.create_state(config, train.set_up(config))
     for key, value in start.state_dict().items():
         torch.testing.assert_close(state.net.state_dict()[key], value)
@@ -164,9 +111,3 @@ def test_init_starts_from_a_file_and_learns_the_extra(config, pictures, tmp_path
     prior = ((validation < 10).sum().item() + 1) / (len(validation) + 2)
     assert net.card.digit_prior == pytest.approx(prior)
     assert net.card.credit == f"{start.card.credit}; Somebody's hands"
-
-
-def test_a_file_that_is_no_net_is_one_line(run_train, tmp_path):
-    (tmp_path / "bad.pt").write_bytes(b"nothing")
-    error = run_train("--init", tmp_path / "bad.pt").error
-    assert error.startswith(f"--init: {tmp_path}/bad.pt: no weights of ours")

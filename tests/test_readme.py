@@ -5,8 +5,6 @@ import csv
 import io
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +20,7 @@ IMAGES = ROOT / "images_for_readme"
 RECORDS = study.read_records()
 RUNS = [record for record in RECORDS.values() if record["kind"] == "run"]
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text() for page in study.PAGES}
+OF_SHIPPED_WEIGHTS = (*measure.PARTS, "peers", "bench-inference")  # the last by --keep
 README = TEXTS["README.md"]
 STUDY = TEXTS["images_for_readme/README.md"]
 COMMANDS = [
@@ -88,19 +87,11 @@ def test_what_is_about_a_number_is_held_to_the_records():
 
 
 @pytest.mark.parametrize("page", TEXTS)
-def test_tables_are_those_of_the_records(page):
+def test_tables_are_those_of_the_records_and_exact_percentages_stand_there_only(page):
     assert tables.fill(TEXTS[page], RECORDS) == TEXTS[page], "-m images_for_readme.study tables"
-
-
-@pytest.mark.parametrize("page", TEXTS)
-def test_marks_stand_on_lines_of_their_own(page):
     for line in TEXTS[page].splitlines():
         if "<!--" in line:
             assert re.fullmatch(r"<!-- (table: \w+|output: \w+|end) -->", line)
-
-
-@pytest.mark.parametrize("page", TEXTS)
-def test_exact_percentages_stand_in_tables_only(page):
     assert re.findall(r"\d\.\d+ ?%", sentences(TEXTS[page])) == []
 
 
@@ -126,30 +117,24 @@ def test_commands_parse(command):
             assert (ROOT / word).exists(), word
 
 
-def test_the_first_two_commands_set_themselves_up():
+def test_the_first_two_commands_set_themselves_up_and_ci_runs_the_second():
     for command in COMMANDS[:2]:
         assert command.startswith("python3 -m venv .venv && .venv/bin/pip install")
-
-
-def test_ci_runs_the_second_command():
     assert COMMANDS[1] in (ROOT / ".ci" / "run").read_text().splitlines()
 
 
-def test_shown_output_is_what_inference_prints():
-    command = [sys.executable, "inference.py", "--input", "tests/samples", "--format", "csv"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+def test_shown_output_is_what_inference_prints_in_both_formats(monkeypatch, capfd):
+    monkeypatch.chdir(ROOT)
+    assert inference.main(["--input", "tests/samples", "--format", "csv"]) == 0
+    out, err = capfd.readouterr()
     *lines, closing = RECORDS["samples"]["csv"]
-    assert closing.partition(" (")[0] in run.stderr
+    assert closing.partition(" (")[0] in err
     recorded = list(csv.DictReader(lines))
-    for old, new in zip(recorded, csv.DictReader(run.stdout.splitlines()), strict=True):
+    for old, new in zip(recorded, csv.DictReader(out.splitlines()), strict=True):
         for key in ("path", "character", "lookalike", "error"):
             assert old[key] == new[key], "-m images_for_readme.study measure samples"
         assert float(old["confidence"]) == pytest.approx(float(new["confidence"]), abs=0.02)
-
-
-def test_both_formats_that_are_shown_have_the_same_answers():
-    rows = csv.DictReader(RECORDS["samples"]["csv"][:-1])
-    codes = [f"{ord(row['character']):03d}, {row['path']}" for row in rows]
+    codes = [f"{ord(row['character']):03d}, {row['path']}" for row in recorded]
     assert RECORDS["samples"]["ascii"][:-1] == codes
 
 
@@ -181,15 +166,12 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in find_anchors(target), link
 
 
-def test_pages_and_their_pictures_are_small():
+def test_pages_and_pictures_are_small_and_every_picture_is_shown():
     assert len(README.splitlines()) <= 245
-    pictures = IMAGES.glob("*.png")
+    pictures = list(IMAGES.glob("*.png"))
     assert sum(picture.stat().st_size for picture in pictures) <= 400_000
     assert sum(file.stat().st_size for file in IMAGES.iterdir() if file.is_file()) <= 1_000_000
-
-
-def test_every_picture_is_shown():
-    for picture in IMAGES.glob("*.png"):
+    for picture in pictures:
         assert f"{picture.name})" in README + STUDY, picture
 
 
@@ -205,34 +187,15 @@ def test_picture_is_drawn_again_as_it_is_kept(name, tmp_path):
 # Records
 
 
-def test_a_run_is_recorded_and_repeated_by_its_name(tiny_emnist, tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "RECORDS", tmp_path / "runs.jsonl")
-    study.RECORDS.write_text("")
-    files = ["--data", str(tiny_emnist), "--weights", str(tmp_path)]
-    flags = ["--arch", "run1", "--epochs", "2", "--batch-size", "32", "--what", "a try"]
-    study.main(["train", "mine", *flags, *files])
-    record = study.read_records()["mine"]
-    study.main(["train", "mine", *files])
-    repeated = study.read_records()["mine"]
-    assert record["what"] == "a try"
-    assert record["settings"]["arch"] == "run1"
-    assert len(record["curve"]["nll"]) == 2
-    for key in ("what", "settings", "curve", "test"):
-        assert repeated[key] == record[key]
-
-
-@pytest.mark.parametrize("name", [run["name"] for run in RUNS if "history" not in run])
-def test_a_run_can_be_repeated_and_leaves_nothing_to_defaults(name):
-    settings = dict(RECORDS[name]["settings"])
-    settings.pop("one_in", None)
-    assert study.list_settings(study.find_config(RECORDS[name])) == settings
-
-
-def test_only_what_cannot_be_repeated_is_said_to_be_history():
+def test_runs_can_be_repeated_with_nothing_left_to_defaults_or_are_said_to_be_history():
     for record in RUNS:
         if "history" in record:
             with pytest.raises(SystemExit):
                 study.find_config(record)
+        else:
+            settings = dict(record["settings"])
+            settings.pop("one_in", None)
+            assert study.list_settings(study.find_config(record)) == settings, record["name"]
 
 
 def test_measured_weights_come_from_a_recorded_run_or_are_said_to_be_history():
@@ -242,22 +205,13 @@ def test_measured_weights_come_from_a_recorded_run_or_are_said_to_be_history():
             assert weights == "model.pt" or weights.removesuffix(".pt") in RECORDS, record["name"]
 
 
-@pytest.mark.parametrize("name", measure.PARTS)
-def test_what_was_measured_are_the_shipped_weights(name):
+@pytest.mark.parametrize("name", OF_SHIPPED_WEIGHTS)
+def test_what_the_readme_shows_is_of_the_shipped_weights(name):
     settings = RECORDS[name]["settings"]
     digest = study.digest(ROOT / "model.pt")
     assert settings["sha256"] == digest, f"-m images_for_readme.study measure {name}"
 
 
-@pytest.mark.parametrize("name", ["peers", "bench-inference"])
-def test_what_the_readme_shows_of_benchmarks_is_of_the_shipped_weights(name):
-    settings = RECORDS[name].get("settings", {})
-    assert settings.get("sha256") == study.digest(ROOT / "model.pt"), (
-        "-m tests.benchmarks..., --keep"
-    )
-
-
 def test_the_readme_shows_no_other_records():
-    """Every table of the README is written from records whose weights the two tests above know."""
-    known = {name: RECORDS[name] for name in (*measure.PARTS, "peers", "bench-inference")}
+    known = {name: RECORDS[name] for name in OF_SHIPPED_WEIGHTS}
     assert tables.fill(README, known) == README

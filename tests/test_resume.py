@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -11,11 +12,9 @@ import pytest
 import strokes
 import torch
 
-import CNN
 import train
 
 CHECKPOINT = "model.checkpoint.pt"
-EPOCHS = ["--epochs", "8"]  # of 8 steps
 
 
 def content(path: Path) -> tuple[str, dict[str, bytes]]:
@@ -24,7 +23,7 @@ def content(path: Path) -> tuple[str, dict[str, bytes]]:
     return repr(rest), {name: tensor.numpy().tobytes() for name, tensor in weights.items()}
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
     """Compute with one thread, in every process: how sums are rounded depends on their number."""
     threads = torch.get_num_threads()
@@ -33,33 +32,19 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def uninterrupted(run_train, tmp_path) -> tuple[str, dict[str, bytes]]:
+@pytest.fixture(scope="module")
+def uninterrupted(one_thread, tiny_emnist, tmp_path_factory) -> tuple[str, dict[str, bytes]]:
     """What the weights file of a training holds that nothing interrupts."""
-    assert run_train(*EPOCHS).status == 0
-    expected = content(tmp_path / "model.pt")
-    (tmp_path / "model.pt").unlink()
-    return expected
-
-
-def train_until(run_train, monkeypatch, step: int, number: signal.Signals, *flags: object):
-    """Train until a signal comes at a step; return the outcome."""
-    rate = train.learning_rate
-
-    def strike(at: int, *rest: object) -> float:
-        if at == step:
-            os.kill(os.getpid(), number)
-        return rate(at, *rest)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(train, "learning_rate", strike)
-        return run_train(*flags)
+    path = tmp_path_factory.mktemp("uninterrupted") / "model.pt"
+    train.train(train.parse([*conftest.SHORT, "--data", str(tiny_emnist), "--out", str(path)]))
+    return content(path)
 
 
 @pytest.fixture
-def interrupted(run_train, monkeypatch, tmp_path) -> Path:
-    """A checkpoint of step 13 of 24."""
-    assert train_until(run_train, monkeypatch, 12, signal.SIGTERM).status == 143
+def interrupted(run_train, tmp_path) -> Path:
+    """A checkpoint of step 4 of 24."""
+    with conftest.signal_at(3, signal.SIGTERM):
+        assert run_train().status == 143
     return tmp_path / CHECKPOINT
 
 
@@ -67,8 +52,8 @@ def step_in(path: Path) -> int:
     return torch.load(path, weights_only=True)["step"] if path.exists() else 0
 
 
-def train_and_die(said: Path, flags: list[object], checkpoints: int, replaced: bool) -> None:
-    """Write so many checkpoints, one a step, and be killed before or after the last is in place."""
+def be_killed(checkpoints: int, replaced: bool) -> None:
+    """Write so many checkpoints, one a step; die before or after the last is in place."""
     replace = os.replace
     written = []
 
@@ -81,57 +66,40 @@ def train_and_die(said: Path, flags: list[object], checkpoints: int, replaced: b
             os.kill(os.getpid(), signal.SIGKILL)
 
     os.replace = replace_or_die
+    train.CHECKPOINT_SECONDS = -1
     torch.set_num_threads(1)
-    conftest._train(said, {}, [str(flag) for flag in flags])
 
 
 def test_killed_again_and_again_it_ends_bit_for_bit_the_same(
     run_train, uninterrupted, tiny_emnist, tmp_path
 ):
     checkpoint = tmp_path / CHECKPOINT
-    flags = [*EPOCHS, "--data", tiny_emnist, "--out", tmp_path / "model.pt", "--resume"]
+    flags = ["--data", tiny_emnist, "--out", tmp_path / "model.pt", "--resume"]
     step = 0
-    for count, replaced in ((1, False), (1, True), (7, True), (8, False), (1, True), (23, False)):
-        arguments = (tmp_path / "said", flags, count, replaced)
-        process = conftest.FORKS.Process(target=train_and_die, args=arguments)
-        process.start()
+    for count, replaced in ((1, False), (8, True), (5, False)):  # 8 steps are an epoch
+        prepare = partial(be_killed, count, replaced)
+        process = conftest.train_in_fork(tmp_path / "said", *flags, prepare=prepare)
         process.join()
         assert process.exitcode == -signal.SIGKILL, (tmp_path / "said").read_text()
         step += count if replaced else count - 1
         assert step_in(checkpoint) == step
-    outcome = run_train(*EPOCHS, "--resume")
+    outcome = run_train("--resume")
     assert outcome.err.startswith(f"going on from {checkpoint}, step {step}\n")
     assert content(tmp_path / "model.pt") == uninterrupted
     assert sorted(os.listdir(tmp_path)) == ["model.pt", "said"]
 
 
-def test_a_signal_after_the_last_step_is_obeyed(run_train, monkeypatch, uninterrupted, tmp_path):
-    predict = CNN.predict
-
-    def strike(net: CNN.Net, images: torch.Tensor, *rest: object) -> tuple:
-        if len(images) == 72:  # test is read
-            os.kill(os.getpid(), signal.SIGINT)
-        return predict(net, images, *rest)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(CNN, "predict", strike)
-        assert run_train(*EPOCHS).status == 130
-    assert run_train(*EPOCHS, "--resume").status == 0
-    assert content(tmp_path / "model.pt") == uninterrupted
-
-
-def test_signals_save_and_say_how_to_go_on(
-    run_train, monkeypatch, uninterrupted, tiny_emnist, tmp_path
-):
-    for number, status, step in ((signal.SIGTERM, 143, 12), (signal.SIGINT, 130, 40)):
-        outcome = train_until(run_train, monkeypatch, step, number, *EPOCHS, "--resume")
+def test_signals_save_and_say_how_to_go_on(run_train, uninterrupted, tiny_emnist, tmp_path):
+    for number, status, step in ((signal.SIGTERM, 143, 6), (signal.SIGINT, 130, 15)):
+        with conftest.signal_at(step, number):
+            outcome = run_train("--resume")
         assert (outcome.status, outcome.out) == (status, "")
         last = outcome.err.splitlines()[-1]
         assert last == "stopped at your request; go on with the same command and --resume"
         assert os.listdir(tmp_path) == [CHECKPOINT]
         assert step_in(tmp_path / CHECKPOINT) == step + 1
     (tmp_path / "moved").symlink_to(tiny_emnist)  # the data may have moved
-    assert run_train(*EPOCHS, "--resume", "--data", tmp_path / "moved").status == 0
+    assert run_train("--resume", "--data", tmp_path / "moved").status == 0
     assert content(tmp_path / "model.pt") == uninterrupted
     assert sorted(os.listdir(tmp_path)) == ["model.pt", "moved"]
 
@@ -148,11 +116,8 @@ def test_damaged_checkpoint_is_named_and_stays(run_train, interrupted, tmp_path)
     whole = interrupted.read_bytes()
     half = len(whole) // 2
     flipped = whole[:half] + bytes([whole[half] ^ 1]) + whole[half + 1 :]
-    for damaged in (b"", b"not a checkpoint", whole[:half], whole[:5439], flipped, "weights"):
-        if damaged == "weights":
-            CNN.write_atomically({"state_dict": {}}, interrupted)
-        else:
-            interrupted.write_bytes(damaged)
+    for damaged in (b"", b"not a checkpoint", whole[:half], flipped):
+        interrupted.write_bytes(damaged)
         error = run_train("--resume").error
         assert error.startswith(f"--resume: {interrupted} is damaged: ")
         assert error.endswith(": delete it to train anew")
@@ -162,32 +127,31 @@ def test_damaged_checkpoint_is_named_and_stays(run_train, interrupted, tmp_path)
 def test_other_settings_other_data_and_a_training_anew_are_refused(
     run_train, interrupted, tmp_path
 ):
-    before, made = interrupted.read_bytes(), f"--resume: {interrupted} was made with: "
+    before = interrupted.read_bytes()
+    made = f"--resume: {interrupted} was made with: "
+    changed = "arch tiny, not large, lr 0.003, not 0.01"
     error = run_train("--resume", "--lr", 0.01, "--arch", "large").error
-    assert (
-        error == f"{made}arch tiny, not large, lr 0.003, not 0.01: pass the same settings and files"
-    )
-    more = strokes.write_tiny_emnist(tmp_path / "more", per_class=6)
-    assert run_train("--resume", "--data", more).error.startswith(f"{made}pictures 138, not ")
+    assert error == f"{made}{changed}: pass the same settings and files"
+    fewer = strokes.write_tiny_emnist(tmp_path / "fewer", per_class=2)
+    assert run_train("--resume", "--data", fewer).error.startswith(f"{made}pictures 138, not ")
     error = run_train().error
     assert error == f"{interrupted}: a training was cut short: use --resume, or delete it"
     assert interrupted.read_bytes() == before
 
 
-def test_resume_without_a_checkpoint_starts_and_a_seed_repeats_a_run(run_train, tmp_path):
-    outcome, found = run_train("--resume"), []
+def test_resume_without_a_checkpoint_starts_and_a_seed_repeats_a_run(
+    run_train, uninterrupted, tmp_path
+):
+    outcome = run_train("--resume")
     start = f"--resume: no checkpoint at {tmp_path / CHECKPOINT}: training from step 0"
     assert outcome.err.splitlines()[0] == start
-    for seed in (0, 1):
-        found.append(content(tmp_path / "model.pt"))
-        assert run_train("--seed", seed).status == 0
-    assert found[1] == found[0] != content(tmp_path / "model.pt")
+    assert content(tmp_path / "model.pt") == uninterrupted
+    assert run_train("--seed", 1).status == 0
+    assert content(tmp_path / "model.pt")[1] != uninterrupted[1]
 
 
-@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("2.00 GiB")])
-def test_memory_that_runs_out_is_not_blamed_on_the_checkpoint(
-    run_train, interrupted, monkeypatch, error
-):
-    monkeypatch.setattr(torch, "load", MagicMock(side_effect=error))
+def test_memory_that_runs_out_is_not_blamed_on_the_checkpoint(run_train, interrupted, monkeypatch):
+    full = torch.OutOfMemoryError("2.00 GiB")
+    monkeypatch.setattr(torch, "load", MagicMock(side_effect=full))
     assert run_train("--resume").error.startswith("out of memory: ")
     assert interrupted.exists()

@@ -20,7 +20,7 @@ from strokes import drawn
 import CNN
 from picture import prepare
 
-CODES = {"anna": "40716352", "ben": "40716852", "cleo": "91028374", "gap": "4071 352"}
+CODES = {"anna": "40716352", "ben": "40716852", "gap": "4071 352"}
 SHOWN = "CNN.py picture.py inference.py report.html model.pt tests images_for_readme".split()
 
 
@@ -57,7 +57,7 @@ def test_codes_in_boxes_are_cut_read_and_looked_up(snippets, tmp_path):
         exec(cut, {})
         for cell in (tmp_path / "cells").glob("form_*.png"):
             cell.rename(cell.with_name(cell.name.replace("form", person)))
-    valid = ["40716352", "40716852", "91028374", "40716359", "12345678"]
+    valid = ["40716352", "40716852", "40716359", "12345678"]
     (tmp_path / "valid.txt").write_text("\n".join(valid))
     run = subprocess.run(look_up, shell=True, capture_output=True, text=True)
 

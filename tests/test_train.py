@@ -4,7 +4,6 @@ import os
 import pty
 import re
 import resource
-import subprocess
 import sys
 import threading
 from contextlib import suppress
@@ -18,7 +17,7 @@ import pytest
 import strokes
 import torch
 import torch.nn.functional as F
-from conftest import SHORT
+from conftest import train_in_fork
 from torch.testing import assert_close
 
 import CNN
@@ -33,13 +32,6 @@ CPU = Machine(torch.device("cpu"), torch.float32)
 def split(tiny_emnist) -> Split:
     """The 144 pictures to train on of the tiny EMNIST."""
     return train.read_emnist(tiny_emnist, train=True)
-
-
-@pytest.fixture
-def config(tiny_emnist, tmp_path) -> Config:
-    """The settings of a run of 24 short steps."""
-    files = ["--data", str(tiny_emnist), "--out", str(tmp_path / "model.pt")]
-    return train.parse([*SHORT, *files, "--precision", "float32"])
 
 
 def contents(images: torch.Tensor) -> list[bytes]:
@@ -71,9 +63,8 @@ def test_copies_of_a_picture_are_on_one_side_of_the_cut_whatever_their_order():
 
 
 def test_epochs_show_every_picture_once_each_in_another_order(split):
-    shown = list(
-        train.batches(split, 0, Config(batch_size=36, epochs=2, augment="none", outliers=0), CPU)
-    )
+    config = Config(batch_size=36, epochs=2, augment="none", outliers=0)
+    shown = list(train.batches(split, 0, config, CPU))
     orders, plain = [], dict(zip(contents(split.images), split.labels.tolist(), strict=True))
     for epoch in (shown[:4], shown[4:]):
         assert [images.shape for images, _ in epoch] == [(36, 1, 28, 28)] * 4
@@ -93,17 +84,6 @@ def test_learning_rate_at_its_corners():
     assert 0 < cosine[999] < 0.5 * 1e-5
     constant = rates(8, lr=0.01, warmup=3, schedule="constant")
     assert constant == pytest.approx([0.001] * 3 + [0.01] * 5)
-
-
-def test_the_loss_of_outliers_is_their_distance_from_the_uniform_distribution(config):
-    net = train.create_state(config, CPU).net.eval()
-    images, labels = torch.rand(8, 1, 28, 28), torch.arange(6)
-    probabilities = net(images).softmax(1)
-    classified = -probabilities[range(6), labels].log().mean()
-    uniform = torch.full((2, 36), 1 / 36)
-    divergence = (uniform * (uniform / probabilities[6:]).log()).sum(1).mean()
-    loss = train.make_loss(net, config, CPU)(images, labels)
-    assert loss.item() == pytest.approx((classified + 0.5 * divergence).item(), rel=1e-5)
 
 
 def test_measure_and_confuse_are_what_numpy_counts():
@@ -145,7 +125,7 @@ def test_calibrate_finds_the_temperature_and_the_bias_that_made_the_labels():
     ("errors", "groups"),
     [("UV:14", []), ("UV:15", ["UV"]), ("UV:8 VU:7", ["UV"]),  # both ways count
      ("O0:15", ["0O"]),  # of the rarer one: there are 500 zeros, 100 of each other
-     ("LI:20 I1:20 Z2:50", ["1IL", "2Z"]), ("AB:20 CD:20 BC:20", ["ABCD"])],
+     ("AB:20 CD:20 BC:20 Z2:50", ["2Z", "ABCD"])],
 )  # fmt: skip
 def test_lookalikes_are_groups_of_pairs_confused_often_enough(errors, groups):
     confusion = torch.diag(torch.tensor([500] + [100] * 35))
@@ -168,10 +148,8 @@ def test_training_learns_and_the_weights_file_tells_all(run_train, tiny_emnist, 
 
     net, test = CNN.load(tmp_path / "model.pt"), train.read_emnist(tiny_emnist, train=False)
     logits = CNN.predict(net, test.images)[0] / net.card.temperature
-    figures, confusion = (
-        CNN.compute_metrics(logits, test.labels),
-        CNN.count_confusions(logits, test.labels),
-    )
+    figures = CNN.compute_metrics(logits, test.labels)
+    confusion = CNN.count_confusions(logits, test.labels)
     assert figures["accuracy"] > 50
     assert net.card.metrics["test"] == pytest.approx(figures, rel=1e-4)
     assert out.splitlines()[1].split()[::2] == ["accuracy", f"{figures['accuracy']:.4f}"]
@@ -205,24 +183,20 @@ def test_best_epoch_by_validation_is_kept_and_test_is_read_once(config, monkeypa
     assert sizes.count(72) == 1
 
 
-@pytest.mark.parametrize(
-    ("arch", "optimizer"),
-    [("tiny", "adagrad"), ("tiny", "adam"), ("tiny", "sgd"), ("default", "adamw")],
-)
-def test_every_optimizer_lowers_the_loss(config, arch, optimizer):
-    changed = {"arch": arch, "optimizer": optimizer, "lr": 0.003, "batch_size": 138, "epochs": 2}
+@pytest.mark.parametrize("optimizer", ["adagrad", "adam", "sgd"])
+def test_the_other_optimizers_lower_the_loss(config, optimizer):
+    changed = {"optimizer": optimizer, "lr": 0.003, "batch_size": 138, "epochs": 2}
     plain = {"schedule": "constant", "warmup": 0, "augment": "none", "dropout": 0.0}
     config = replace(config, **changed, **plain)
     group = train.create_state(config, CPU).optimizer.param_groups[0]
     assert (group["weight_decay"], group.get("momentum", 0.9)) == (0.05, 0.9)
     first, second = (entry["loss"] for entry in train.train(config)["history"])
     assert second < first
-    assert CNN.load(config.out).card.arch == arch
 
 
-@pytest.mark.parametrize("ema", [0.6, 0.0])
-def test_steps_take_their_rate_and_the_average_forgets_the_start(config, monkeypatch, ema):
-    config, seen = replace(config, ema=ema), []
+def test_steps_take_their_rate_and_the_average_forgets_the_start(config, monkeypatch):
+    config = replace(config, epochs=1, ema=0.3)  # which it reaches at the fourth of 8 steps
+    seen = []
 
     def see(state: train.State, path: Path) -> None:
         seen.append((state.optimizer.param_groups[0]["lr"], *deepcopy([state.net, state.average])))
@@ -231,22 +205,25 @@ def test_steps_take_their_rate_and_the_average_forgets_the_start(config, monkeyp
     monkeypatch.setattr(train, "save_checkpoint", see)
     train.train(config)
     slow = train.create_state(config, CPU).net.state_dict()
-    assert len(seen) == 24
+    assert len(seen) == 8
     for step, (rate, net, average) in enumerate(seen):
-        assert rate == pytest.approx(train.learning_rate(step, 24, config))
-        decay = min(ema, (step + 1) / (step + 11)) if ema else 0
+        assert rate == pytest.approx(train.learning_rate(step, 8, config))
+        decay = min(0.3, (step + 1) / (step + 11))
         for name, tensor in net.state_dict().items():
             if tensor.is_floating_point():  # batch statistics as well
                 slow[name] = decay * slow[name] + (1 - decay) * tensor
                 assert_close(average.state_dict()[name], slow[name], atol=1e-5, rtol=1e-4)
 
 
-def test_step_is_compiled_on_the_cpu_only_when_asked(config, monkeypatch):
-    calls = MagicMock(side_effect=lambda step, **how: step)
+def test_step_is_compiled_when_asked_and_by_itself_on_a_gpu_only(config, monkeypatch):
+    calls = MagicMock()
     monkeypatch.setattr(torch, "compile", calls)
-    for flag, count in ((None, 0), (False, 0), (True, 1)):
-        train.train(replace(config, compile=flag, epochs=1))
+    for device, flag, count in (("cpu", None, 0), ("cpu", True, 1), ("cuda", None, 2)):
+        machine = CPU._replace(device=torch.device(device))
+        train.make_loss(CNN.Net("tiny"), replace(config, compile=flag), machine)
         assert calls.call_count == count
+    train.make_loss(CNN.Net("tiny"), replace(config, compile=False), machine)
+    assert calls.call_count == count
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
@@ -304,13 +281,7 @@ def test_what_the_machine_lacks_is_one_line_with_a_remedy(run_train, monkeypatch
     for error, remedy in ((full, smaller), (host, smaller), (lacking, "try --no-compile")):
         monkeypatch.setattr(F, "cross_entropy", MagicMock(side_effect=error))
         assert run_train().error.endswith(f"{error}: {remedy}")
-
-
-@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("2.00 GiB")])
-def test_memory_that_runs_out_while_reading_is_not_blamed_on_the_data(
-    run_train, monkeypatch, error
-):
-    monkeypatch.setattr(train, "EMNIST", MagicMock(side_effect=error))
+    monkeypatch.setattr(train, "EMNIST", MagicMock(side_effect=MemoryError()))  # not the data's
     assert run_train().error.startswith("out of memory: ")
 
 
@@ -320,10 +291,13 @@ def test_a_fault_of_our_own_shows_itself(run_train, monkeypatch):
         run_train()
 
 
-@pytest.mark.parametrize("flags", [("--init", "absent.pt"), ("--extra", "absent")])
-def test_wrong_files_are_told_before_anything_is_downloaded(run_train, monkeypatch, flags):
+def test_wrong_files_are_told_before_anything_is_downloaded(run_train, monkeypatch, tmp_path):
     monkeypatch.setattr(train, "ensure_emnist", MagicMock(side_effect=AssertionError))
-    assert run_train(*flags).error.startswith(flags[0])
+    (tmp_path / "bad.pt").write_bytes(b"nothing")
+    error = run_train("--init", tmp_path / "bad.pt").error
+    assert error.startswith(f"--init: {tmp_path}/bad.pt: no weights of ours")
+    assert run_train("--init", "absent.pt").error.startswith("--init: ")
+    assert run_train("--extra", "absent").error.startswith("--extra absent: ")
 
 
 def test_a_full_disk_costs_warnings_and_the_weights_wait_for_room(
@@ -350,14 +324,14 @@ def test_a_full_disk_costs_warnings_and_the_weights_wait_for_room(
 
 def test_results_that_nobody_can_take_are_one_line_and_the_weights_are_there(tiny_emnist, tmp_path):
     """Stdout, on a full disk, is the process's own: Python flushes it once more at the end."""
-    flags = [*SHORT, "--epochs", "1", "--data", tiny_emnist, "--out", tmp_path / "model.pt"]
-    command = [sys.executable, "-c", "import conftest, train; train.main()", *map(str, flags)]
-    with open("/dev/full", "w") as full:
-        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
-    *_, wrote, error = ended.stderr.splitlines()
+    said = tmp_path / "said"
+    flags = ["--epochs", 1, "--data", tiny_emnist, "--out", tmp_path / "model.pt"]
+    process = train_in_fork(said, *flags, stdout="/dev/full")
+    process.join()
+    *_, wrote, error = said.read_text().splitlines()
     assert wrote == f"wrote {tmp_path / 'model.pt'}"
     assert error.startswith("train.py: error: stdout: [Errno 28] No space left on device: ")
-    assert ended.returncode == 1
+    assert process.exitcode == 1
     CNN.load(tmp_path / "model.pt")
 
 

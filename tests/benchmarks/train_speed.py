@@ -19,30 +19,20 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 
 import train
 from images_for_readme import study
 from train import Config, Machine, Split
 
 
-def make_bare_step(
-    config: Config, machine: Machine
-) -> Callable[[torch.Tensor, torch.Tensor], None]:
+def make_bare_step(config: Config, machine: Machine) -> Callable:
     """Return forward and backward alone, in the arithmetic of the training."""
     net = train.create_state(config, machine).net
-    is_cuda = machine.device.type == "cuda"
-    is_mixed = machine.precision != torch.float32
-
-    def mean_loss(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(machine.device.type, machine.precision, enabled=is_mixed):
-            return F.cross_entropy(net(images), labels)
-
-    loss = torch.compile(mean_loss, mode="reduce-overhead") if is_cuda else mean_loss
+    compute_loss = train.make_loss(net, config, machine)
 
     def step(images: torch.Tensor, labels: torch.Tensor) -> None:
         net.zero_grad(set_to_none=True)
-        loss(images, labels).backward()
+        compute_loss(images, labels).backward()
 
     return step
 
@@ -110,18 +100,15 @@ def main() -> None:
     add("--data", type=Path, default=Path("data"))
     add("--device", default="auto")
     add("--arch", nargs="+", default=[Config.arch])
-    add("--batch-size", type=int, default=Config.batch_size)
     add("--steps", type=int, default=40, help="per round")
     add("--rounds", type=int, default=5)
     add("--target", type=float, help="accuracy on validation to time, per cent")
-    add("--epochs", type=int, default=6, help="of the training to the target")
     add("--keep", action="store_true", help="as the record bench-cpu (or bench-cuda)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         config = Config(
             arch=args.arch[0],
-            batch_size=args.batch_size,
-            epochs=args.epochs,
+            epochs=6,
             data=args.data,
             out=Path(folder) / "model.pt",
             device=args.device,
@@ -130,8 +117,8 @@ def main() -> None:
         machine = train.set_up(config)
         training, *_ = train.load_splits(config, machine)
         print(study.name_machine(machine.device))
-        cores = f"{torch.get_num_threads()} CPU threads"
-        where = "GPU" if machine.device.type == "cuda" else cores
+        is_cuda = machine.device.type == "cuda"
+        where = "GPU" if is_cuda else f"{torch.get_num_threads()} CPU threads"
         rows = []
         for arch in args.arch:
             run = replace(config, arch=arch)
