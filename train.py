@@ -285,7 +285,7 @@ def read_extra(source: Path) -> Split:
         labels.append(ALPHABET.index(character.upper()))
         writers.append(writer)
     if others:
-        listed = ", ".join(f"{name!r} ({count})" for name, count in others.items())
+        listed = ", ".join(f"'{name}' ({count})" for name, count in others.items())
         say(f"--extra {source}: passed over, as no class of 0-9 and A-Z: {listed}")
     if not images:
         remedy = "put them into folders, as in A/any_name.png, or a row of the csv for each"
@@ -903,7 +903,7 @@ def finish_epoch(state: State, validation: Split, speed: float, machine: Machine
 
 # The run
 
-SAVE_PATIENCE = 30  # seconds between tries to write the weights
+SAVE_PATIENCE = 60  # seconds between tries to write the weights
 
 
 def train(config: Config) -> dict:

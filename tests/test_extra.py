@@ -31,22 +31,20 @@ def config(config) -> train.Config:
     return replace(config, epochs=1, batch_size=BATCH, extra_fraction=0.25)
 
 
-def split_of(count: int) -> train.Split:
+def split_of(count: int) -> CNN.Split:
     images = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1).expand(-1, 28, 28).contiguous()
-    return train.Split(images, torch.arange(count) % 36)
+    return CNN.Split(images, torch.arange(count) % 36)
 
 
-def test_folders_are_read_fitted_and_appended(pictures, capsys):
-    both = train.add_extra(split_of(50), train.list_extra(pictures))
-    assert len(both.writers) == 7
-    assert [CNN.ALPHABET[i] for i in both.labels[50:].tolist()] == list("777AAQQ")
-    assert both.images[50:].amax((1, 2)).tolist() == [255] * 7  # fitted: ink 255 on 0
-    assert both.images[50:, 0].max() == 0
+def test_folders_are_read_and_fitted(pictures, capsys):
+    extra = train.read_extra(pictures)
+    assert extra.writers == ("",) * 7
+    assert [CNN.ALPHABET[i] for i in extra.labels.tolist()] == list("777AAQQ")
+    assert extra.images.amax((1, 2)).tolist() == [255] * 7  # fitted: ink 255 on 0
+    assert extra.images[:, 0].max() == 0
     said = capsys.readouterr().err
     assert r"\x1b[2J.png: not a picture in a format that is read here" in said
     assert said.removesuffix("\n").isprintable()  # a line, and nothing that a terminal obeys
-    with pytest.raises(SystemExit, match="none of its pictures can be read"):
-        train.add_extra(split_of(50), [(str(pictures / "absent.png"), 3, "")])
 
 
 def test_a_csv_of_no_corrections_is_told_by_what_is_wrong_and_none_is_replaced(run_train, tmp_path):
@@ -63,13 +61,13 @@ def test_what_is_hidden_or_no_class_is_passed_over_and_the_latter_named_once(tmp
     for name in (".git/HEAD", "__MACOSX/A", "Ä\x1b[2J/1.png", "Ä\x1b[2J/2.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    with pytest.raises(SystemExit, match="no pictures of a class: put them into folders, as in A/"):
-        train.list_extra(tmp_path)
+    with pytest.raises(SystemExit, match="no pictures of a class that can be read: put them into"):
+        train.read_extra(tmp_path)
     capsys.readouterr()
     (tmp_path / "A").mkdir()
     (tmp_path / "A" / ".DS_Store").write_bytes(b"")
-    (tmp_path / "A" / "x.png").write_bytes(b"")
-    assert train.list_extra(tmp_path) == [(str(tmp_path / "A" / "x.png"), 10, "")]
+    drawn("A").save(tmp_path / "A" / "x.png")
+    assert train.read_extra(tmp_path).labels.tolist() == [10]
     said = capsys.readouterr().err
     listed = r"'__MACOSX' (1), 'Ä\x1b[2J' (2)"
     assert said == f"--extra {tmp_path}: passed over, as no class of 0-9 and A-Z: {listed}\n"
@@ -80,10 +78,10 @@ def test_corrections_of_the_report_also_from_windows_or_of_empty_cells(
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "scans").mkdir()
-    (tmp_path / "scans" / "a.png").touch()
-    (tmp_path / r"b\c.png").touch()  # so named on this computer
+    drawn("A").save(tmp_path / "scans" / "a.png")
+    drawn("C").save(tmp_path / r"b\c.png")  # so named on this computer
     Path("table.csv").write_text("path,character\nscans\\a.png,A\nb\\c.png,c\nd.png,\ne.png\n")
-    assert train.list_extra(Path("table.csv")) == [("scans/a.png", 10, ""), (r"b\c.png", 12, "")]
+    assert train.read_extra(Path("table.csv")).labels.tolist() == [10, 12]
     assert capsys.readouterr().err.endswith("no class of 0-9 and A-Z: '' (2)\n")
 
 

@@ -110,7 +110,7 @@ def test_pictures_lie_in_folders_of_their_class_and_writers_are_balanced(
     names = sorted(path.name for path in (tmp_path / "pictures" / "A").iterdir())
     assert len(names) + len(list((tmp_path / "pictures").glob("B/*.png"))) == 5
     assert capsys.readouterr().out.startswith("5 pictures of 1 writers in ")
-    listed = train.list_extra(tmp_path / "pictures" / "pictures.csv")
+    listed = list(train.list_extra(tmp_path / "pictures" / "pictures.csv"))
     by_folder = train.list_extra(tmp_path / "pictures")
     assert [row[:2] for row in listed] == [row[:2] for row in by_folder]
     assert {writer for _, _, writer in listed} == {"tst_ann"}
