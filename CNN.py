@@ -13,6 +13,7 @@ import os
 import sys
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -349,6 +350,7 @@ def compute_statistics(
     return ClassStatistics(whitening, whitened_means, distances.median().item(), basis)
 
 
+# Chosen on ../shared/field, as are the weights of adapting below
 BASIS_SIZE = 8  # K; up to 32 do the same, 4 does less
 BASIS_DISTANCE = 2.5  # medians of validation: images farther from their class are left out
 BASIS_IMAGES = 15  # that those of one writer and class count for, at most
@@ -382,10 +384,10 @@ def learn_basis(
     z = torch.linalg.eigh(means @ means.T)[1][:, -BASIS_SIZE:] * len(means) ** 0.5
     ridge = BASIS_RIDGE * torch.eye(z.shape[1])
     for _ in range(BASIS_ROUNDS):
-        squares = torch.einsum("wc,wk,wl->ckl", counts, z, z) + ridge
-        basis = torch.linalg.solve(squares, torch.einsum("wk,wcd->ckd", z, sums))
-        squares = torch.einsum("wc,ckl->wkl", counts, basis @ basis.mT) + ridge
-        z = torch.linalg.solve(squares, torch.einsum("ckd,wcd->wk", basis, sums))
+        normal_matrix = torch.einsum("wc,wk,wl->ckl", counts, z, z) + ridge  # (classes, K, K)
+        basis = torch.linalg.solve(normal_matrix, torch.einsum("wk,wcd->ckd", z, sums))
+        normal_matrix = torch.einsum("wc,ckl->wkl", counts, basis @ basis.mT) + ridge
+        z = torch.linalg.solve(normal_matrix, torch.einsum("ckd,wcd->wk", basis, sums))
     return (basis * z.std(0, correction=0)[:, None]).float()  # so that of z is 1
 
 
@@ -399,7 +401,7 @@ class Split(NamedTuple):
 
     images: Tensor
     labels: Tensor
-    writers: tuple[str, ...] = ()  # of the extra images, which are the last ones; "": not known
+    writers: tuple[str, ...] = ()  # of the extra images, the last rows; "": not known
 
     @property
     def emnist_count(self) -> int:
@@ -452,7 +454,8 @@ ADAPTING_ROUNDS = 3  # two do nearly as well
 class Seen(NamedTuple):
     """What the net sees in N images, whatever folder they come from."""
 
-    log_p: Tensor  # (N, classes), nats, with the prior of training; typicality is taken out
+    log_p: Tensor  # (N, classes), nats, with the prior of training
+    distances: Tensor  # (N, classes), squared, in medians of validation, to training's means
     features: Tensor  # (N, D), whitened
 
 
@@ -470,18 +473,18 @@ def see(features: Tensor, logits: Tensor, card: Card) -> Seen:
     statistics = card.statistics
     whitened = whiten(features, statistics.whitening.to(features.device)).cpu()
     log_p = (logits / card.temperature).log_softmax(1).cpu()
-    distances = square_distances(whitened, statistics.means) / statistics.median
-    return Seen(log_p + TYPICALITY * distances, whitened)
+    return Seen(log_p, square_distances(whitened, statistics.means) / statistics.median, whitened)
 
 
 def compare(seen: Seen, folder: Folder, card: Card) -> tuple[Tensor, Tensor]:
     """Return log probabilities of the characters in a folder, and distances, (N, classes) each.
 
     Distances are squared, in medians of validation, to the means of the folder's writers. A
-    character is the less likely, the farther its mean is.
+    character is the likelier, the nearer its mean is than the one of training.
     """
     distances = square_distances(seen.features, folder.means) / card.statistics.median
-    log_p = seen.log_p + log_prior(folder, card) - TYPICALITY * distances
+    nearer = seen.distances - distances
+    log_p = seen.log_p + log_prior(folder, card) + TYPICALITY * nearer
     return log_p.log_softmax(1), distances
 
 
@@ -532,14 +535,15 @@ def estimate_means(features: Tensor, members: Tensor, statistics: ClassStatistic
     """Return the class means (classes, D) of a folder's writers.
 
     features: (N, D), whitened; members: (N, classes), how far each is a member of each class. The
-    means are those of training + z @ basis, with the likeliest z, (K,), one for the folder, where
-    that is normal: (weight I + sum over classes of n V V') z = sum over classes of V s, with n
-    members, whose offsets from the mean of training sum up to s, and V (K, D) the class's basis.
+    means are those of training + z @ basis, z (K,) the likeliest for the whole folder, by the prior
+    N(0, I / WRITER_WEIGHT). With V (K, D) the basis of a class, n its members, and s the sum of
+    their offsets from the mean in training, that is where
+    (WRITER_WEIGHT I + sum over classes of n V V') z = sum over classes of V s.
     """
     basis = statistics.basis.double()  # (classes, K, D)
     counts = members.sum(0)  # (classes,)
     offsets = members.T @ features.double() - counts[:, None] * statistics.means
-    precision = torch.einsum("c,ckd,cld->kl", counts, basis, basis)
+    precision = torch.einsum("c,ckd,cld->kl", counts, basis, basis)  # (K, K)
     precision += WRITER_WEIGHT * torch.eye(len(precision))
     z = torch.linalg.solve(precision, torch.einsum("ckd,cd->k", basis, offsets))
     return statistics.means + torch.einsum("k,ckd->cd", z, basis).float()
@@ -581,7 +585,7 @@ def write_atomically(payload: object, path: Path) -> None:
     except OSError:
         partial_path.unlink(missing_ok=True)
         raise
-    if hasattr(os, "O_DIRECTORY"):  # Windows has none
+    with suppress(AttributeError, OSError):  # Windows can't, nor can some network file systems
         folder = os.open(path.parent, os.O_DIRECTORY)
         os.fsync(folder)
         os.close(folder)
@@ -625,7 +629,8 @@ def load(path: Path, device: torch.device | str = "cpu") -> Net:
 
 def _build(content: dict) -> Net:
     """Build the net of a file that `save` wrote; what only other versions know is passed over."""
-    card = Card(**{one.name: content[one.name] for one in fields(Card) if one.name in content})
+    known = [entry.name for entry in fields(Card) if entry.name in content]
+    card = Card(**{name: content[name] for name in known})
     card.statistics = ClassStatistics(**card.statistics)
     net = Net(card.arch)
     net.card = card
@@ -638,7 +643,7 @@ def _check(net: Net) -> None:
     """Raise ValueError, or another error, if the net or its card holds what no training gives."""
     card = net.card
     statistics = card.statistics
-    types = {one.name: one.type for one in (*fields(Card), *fields(ClassStatistics))}
+    types = {entry.name: entry.type for entry in (*fields(Card), *fields(ClassStatistics))}
     for name, value in {**vars(card), **vars(statistics), **net.state_dict()}.items():
         right = isinstance(value, types.get(name, Tensor))
         if isinstance(value, float):

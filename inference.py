@@ -2,7 +2,7 @@
 
     python3 inference.py --input tests/samples
 
-prints one line per picture, the ASCII code of the character and the path, by folder and name:
+prints a line per answer, the ASCII code of the character and the path, by folder and name:
 
     048, tests/samples/0_scan.png
     049, tests/samples/1_pencil.jpg
@@ -11,7 +11,8 @@ Digits and letters, 36 classes; pictures of one character, of any size, dark on 
 dark. `--format csv` or `json` adds confidences, alternatives and errors, `--report FILE.html` makes
 a page to look through. Results go to stdout or `--output`, all else to stderr. Exit code: 0 all
 answered, 1 some could not be or none was found (but under torchrun, which would end the other
-processes), 2 wrong usage, a full disk or GPU, 130 or 143 stopped by Ctrl-C or SIGTERM.
+processes) or stdout's reader left, 2 wrong usage, a full disk or GPU, 130 or 143 stopped by Ctrl-C
+or SIGTERM.
 """
 
 from __future__ import annotations
@@ -72,13 +73,13 @@ class Picture(NamedTuple):
 
     path: str
     character: str = ""  # the answer; none where there is an error
-    confidence: float = 0.0  # that of the answer or, where it is blank, of that
+    confidence: float = 0.0  # that the answer is right or, where it is blank, that it is
     alternatives: tuple[tuple[str, float], ...] = ()  # the next likely; all, without an answer
     lookalike: str = ""  # the group, such as "1IL", that holds the two likeliest characters
     error: str = ""
     image: np.ndarray | None = None  # (SIZE, SIZE) uint8, ink 255 on 0: as the net read it
     thumbnail: str = ""  # data URI, where a report is asked for
-    reading: Reading = NOTHING  # the first one, until the picture is looked at
+    reading: Reading = NOTHING  # the first one, until the picture is batch at
     grey: np.ndarray | None = None  # (H, W) uint8, until then: what other readings are made of
 
     @property
@@ -279,9 +280,9 @@ def in_order(submit: Callable, items: Iterable, ahead: int) -> Iterator[tuple[An
 # The net's answers; constants were tuned on ../shared/field and ../shared/scenes
 #
 # How a picture becomes an answer:
-# 1. `look`: the net sees its first reading and, where that leaves it in doubt, the others.
+# 1. `see_batch`: the net sees its first reading and, where that leaves it in doubt, the others.
 # 2. `adapt`: a sample tells the fraction of digits in the folder, and how its writers write.
-# 3. `judge`: with that, a reading gets a score, and in it each character a probability.
+# 3. `score_readings`: with that, a reading gets a score, and in it each character a probability.
 # 4. `answer`: scores become probabilities of readings, one of which may be that the picture is
 #    blank; the answer is the likeliest character over all of them.
 
@@ -291,13 +292,12 @@ BLOCK = 64  # images: a batch is filled up to whole blocks, as kernels differ by
 LOG_P_WEIGHT = 2.14
 DISTANCE_WEIGHT = -0.39
 DOUBT_SCORE = -2.5  # nats: where a first reading scores less, the others are asked for
-LEAST_EXTENT = 0.25  # of the side: a picture without an answer whose longest thin stroke is longer
-# is said to hold no single character, not to be blank
+LEAST_EXTENT = 0.25  # of the side: with a longer stroke, a blank picture holds NO_CHARACTER
 NO_CHARACTER = "no single character: what is written looks like none"
 TYPICAL_DISTANCE = 3.0  # medians of validation: what lies farther tells nothing about the folder
 
 
-class Looked(NamedTuple):
+class SeenBatch(NamedTuple):
     """B pictures, their R readings, and what the net sees in these."""
 
     pictures: list[Picture]
@@ -325,7 +325,7 @@ class TrainedNet:
             raise UsageError(error) from None
         self.card = net.card
         self.side = CNN.SIZE
-        on_cpu = self.device.type == "cpu"
+        on_cpu = self.device.type == "cpu"  # a GPU waits for pictures even in float32
         self.dtype = CNN.mixed_precision(self.device) if on_cpu else torch.float32
         self.net = net.fused().to(self.dtype, memory_format=torch.channels_last)
         self.net.fc2.float()  # the full resolution for probabilities
@@ -347,8 +347,10 @@ class TrainedNet:
             return CNN.see(features[:count], self.net.fc2(features)[:count], self.card)
 
 
-def look(pictures: list[Picture], net: TrainedNet, known: CNN.Folder, readers: Readers) -> Looked:
-    """See the first reading of each picture; where that leaves doubt, see all readings instead.
+def see_batch(
+    pictures: list[Picture], net: TrainedNet, known: CNN.Folder, readers: Readers
+) -> SeenBatch:
+    """Show the net the first reading of each picture; where that leaves doubt, the others, too.
 
     known: what is known of the folder before it is seen.
     """
@@ -359,23 +361,23 @@ def look(pictures: list[Picture], net: TrainedNet, known: CNN.Folder, readers: R
     readings = [picture.reading for picture in pictures]
     owners = list(range(len(pictures)))
     seen = net.see(readings)
-    scores, _ = judge(readings, seen, known, net.card)
+    scores, _ = score_readings(readings, seen, known, net.card)
     are_doubtful = (scores < DOUBT_SCORE).tolist()
     in_doubt = [i for i in owners if are_doubtful[i] and pictures[i].grey is not None]
     greys = [pictures[i].grey for i in in_doubt]
     others = []
-    for i, found in zip(in_doubt, readers.propose(greys, net.side), strict=True):
-        if found:
-            others += found
-            owners += [i] * len(found)
-            owners[i] = -1  # the first one is among those found
+    for i, proposed in zip(in_doubt, readers.propose(greys, net.side), strict=True):
+        if proposed:
+            others += proposed
+            owners += [i] * len(proposed)
+            owners[i] = -1  # those proposed stand for the first one
     if others:
         seen = CNN.Seen(*map(torch.cat, zip(seen, net.see(others), strict=True)))
     pictures = [picture._replace(reading=NOTHING, grey=None) for picture in pictures]
-    return Looked(pictures, readings + others, torch.tensor(owners), seen)
+    return SeenBatch(pictures, readings + others, torch.tensor(owners), seen)
 
 
-def judge(
+def score_readings(
     readings: list[Reading], seen: CNN.Seen, folder: CNN.Folder, card: CNN.Card
 ) -> tuple[Tensor, Tensor]:
     """Return the scores (R,) of readings, nats, and the probabilities (R, classes + 1) in them.
@@ -396,40 +398,41 @@ def judge(
     return scores, torch.cat([p, are_blank[:, None]], dim=1)
 
 
-def weigh(looked: Looked, folder: CNN.Folder, card: CNN.Card) -> tuple[Tensor, Tensor]:
-    """Return how likely each reading is the right one of each picture, and what `judge` says in it.
+def compare_readings(batch: SeenBatch, folder: CNN.Folder, card: CNN.Card) -> tuple[Tensor, Tensor]:
+    """Return the probability of each reading of each picture, and those of the characters in it.
 
     Shapes: (B, R), 0 for readings of other pictures, and (R, classes + 1).
     """
     import torch
 
-    scores, p = judge(looked.readings, looked.seen, folder, card)
-    are_its_own = looked.owners == torch.arange(len(looked.pictures))[:, None]  # (B, R)
+    scores, p = score_readings(batch.readings, batch.seen, folder, card)
+    are_its_own = batch.owners == torch.arange(len(batch.pictures))[:, None]  # (B, R)
     weights = scores.where(are_its_own, -math.inf).softmax(1)
     return weights, p
 
 
 def answer(
-    looked: Looked, folder: CNN.Folder, card: CNN.Card, args: argparse.Namespace
+    batch: SeenBatch, folder: CNN.Folder, card: CNN.Card, args: argparse.Namespace
 ) -> list[Picture]:
     """Answer with the likeliest character of each picture, over all of its readings.
 
     It is blank where that nothing is written is likelier than that anything is.
     """
-    weights, p_in_readings = weigh(looked, folder, card)
+    weights, p_in_readings = compare_readings(batch, folder, card)
     p = weights @ p_in_readings  # (B, classes + 1)
     p_blank = p[:, -1].tolist()
     p[:, -1] *= p[:, -1] >= 0.5  # so that the likeliest is the answer
-    sources = (weights * p_in_readings.T[p.argmax(1)]).argmax(1).tolist()  # that say it most
+    # The source of an answer is the reading that adds most to its probability
+    sources = (weights * p_in_readings.T[p.argmax(1)]).argmax(1).tolist()
     allowed = folder.allowed.nonzero()[:, 0]
     p, order = p[:, allowed].sort(dim=1, descending=True, stable=True)
     shown = max(2, args.topk)
     labels = allowed[order[:, :shown]].tolist()
-    rows = zip(looked.pictures, sources, p_blank, labels, p[:, :shown].tolist(), strict=True)
+    rows = zip(batch.pictures, sources, p_blank, labels, p[:, :shown].tolist(), strict=True)
     pictures = []
     for picture, source, its_p_blank, its_labels, its_p in rows:
         if not picture.error:  # it could be read
-            image, features = looked.readings[source]
+            image, features = batch.readings[source]
             ranked = [(card.alphabet[label], p) for label, p in zip(its_labels, its_p, strict=True)]
             picture = picture._replace(image=image, alternatives=tuple(ranked[: args.topk]))
             if its_p_blank >= 0.5:
@@ -453,13 +456,12 @@ def with_answer(
     groups = [group for group in card.lookalikes if len(pair) == 2 and pair <= {*group}]
     picture = picture._replace(confidence=confidence, lookalike="".join(groups[:1]))
     if confidence >= args.min_confidence:
-        others = picture.alternatives[1:]
-        return picture._replace(character=character, alternatives=others)
+        return picture._replace(character=character, alternatives=picture.alternatives[1:])
     error = f"no answer: {confidence:.4f} is below --min-confidence {args.min_confidence:g}"
     return picture._replace(error=error)
 
 
-def adapt(sample: list[Looked], beforehand: CNN.Folder, card: CNN.Card) -> CNN.Folder:
+def adapt(sample: list[SeenBatch], beforehand: CNN.Folder, card: CNN.Card) -> CNN.Folder:
     """Return what is known of a folder once a sample of it, unlabelled, is seen.
 
     Of each picture its best reading takes part, if that is neither blank nor untypical.
@@ -469,11 +471,11 @@ def adapt(sample: list[Looked], beforehand: CNN.Folder, card: CNN.Card) -> CNN.F
     import CNN
 
     parts = []
-    for looked in sample:
-        weights, p = weigh(looked, beforehand, card)
+    for batch in sample:
+        weights, p = compare_readings(batch, beforehand, card)
         best = weights.argmax(1)  # (B,)
         best = best[p[best, -1] == 0]
-        seen = CNN.Seen(*(values[best] for values in looked.seen))
+        seen = CNN.Seen(*(values[best] for values in batch.seen))
         log_p, distances = CNN.compare(seen, beforehand, card)
         nearest = distances.gather(1, log_p.argmax(1, keepdim=True))[:, 0]
         parts.append([values[nearest <= TYPICAL_DISTANCE] for values in seen])
@@ -734,7 +736,7 @@ def run(args: argparse.Namespace) -> int:
         stack.callback(readers.stop)  # before the threads are waited for
         net = TrainedNet(args)
         beforehand = known_beforehand(net.card, args)
-        gc.freeze()  # nothing of torch is looked through again, which saves 0.4 s at the end
+        gc.freeze()  # nothing of torch is batch through again, which saves 0.4 s at the end
         started = time.monotonic()
 
         def in_threads(task: Callable, paths: list[str]) -> Iterator:
@@ -743,9 +745,9 @@ def run(args: argparse.Namespace) -> int:
             batches = in_order(submit, batched(pictures, args.batch_size), 2 * workers)
             return (future.result() for _, future in batches)
 
-        looking = partial(look, net=net, known=beforehand, readers=readers)
-        step = max(1, math.ceil(len(paths) / SAMPLE))
-        sample = [] if args.no_adapt else list(in_threads(looking, paths[::step]))
+        seeing = partial(see_batch, net=net, known=beforehand, readers=readers)
+        step = max(1, math.ceil(len(paths) / SAMPLE))  # through all paths: all ranks adapt alike
+        sample = [] if args.no_adapt else list(in_threads(seeing, paths[::step]))
         folder = adapt(sample, beforehand, net.card) if sample else beforehand
 
         answering = partial(answer, folder=folder, card=net.card, args=args)
@@ -753,7 +755,7 @@ def run(args: argparse.Namespace) -> int:
             picture.path: picture for picture in chain.from_iterable(map(answering, sample))
         }
         others = [path for path in our_paths if path not in of_sample]
-        answered = chain.from_iterable(in_threads(lambda batch: answering(looking(batch)), others))
+        answered = chain.from_iterable(in_threads(lambda batch: answering(seeing(batch)), others))
         pictures = (of_sample.get(path) or next(answered) for path in our_paths)
         batches = batched(pictures, args.batch_size)
         counts = write(chain([unlisted], batches), args, len(our_paths) + len(unlisted))
@@ -771,8 +773,7 @@ def summarise(counts: Counter[str], passed_over: int, digits: float | None, seco
     if digits is not None:
         words.append(f"about {100 * digits:.0f} % digits")
     total = counts.total()
-    rate = f"{total / seconds:,.0f} pictures/s"
-    say(f"{total:,} pictures: {', '.join(words)} ({rate})")
+    say(f"{total:,} pictures: {', '.join(words)} ({total / seconds:,.0f} pictures/s)")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -40,9 +40,9 @@ class Features(NamedTuple):
     unlikely: float = 0.0  # 1: the shade taken for ink, light or dark, is more likely the paper's
     blank: float = 0.0  # 1: nothing is kept
     blank_and_small: float = 0.0  # by how many octaves the picture is smaller than SMALL_SIDE
-    stroke_extent: float = 0.0  # of the ink that blank leaves out, as thin strokes show it: the
-    # longest part within the rim, as a fraction of the side
-    ink_extent: float = 0.0  # the same as the first view shows it
+    # Of the ink that blank leaves out, the longest part within the rim, as a fraction of the side
+    stroke_extent: float = 0.0  # in the view of thin strokes
+    ink_extent: float = 0.0  # in the first view
 
 
 # Nats, of each feature, fitted by images_for_readme/readings.py on scenes, forms and field sets
@@ -91,28 +91,23 @@ def fit(grey: np.ndarray, size: int) -> np.ndarray:
     grey: (H, W) uint8, ink darker or lighter than the paper; of more than some 100 px a side it is
     slow. Ink becomes 255 on 0, centred by its bounding box. Raises ValueError if there is no ink.
     """
-    image = as_emnist(grey, size)
-    if image is None:
-        image = read_all_ink(grey, size)[0].image
-    if image is None:
+    reading, _ = read_all_ink(grey, size)
+    if reading.image is None:
         raise ValueError(BLANK)
-    return image
+    return reading.image
 
 
 def read_first(path: str | os.PathLike, size: int) -> tuple[Image.Image, np.ndarray, Reading]:
     """Return a picture as read, grey (H, W) uint8, and its first reading: all ink but specks.
 
-    A picture that may be EMNIST's own is taken as it is. A character that is small in its picture
-    is read again, larger: then grey is what is around it. Raises ValueError as `read` does.
+    A character that is small in a large picture is read again, larger: then grey is what is around
+    it. Raises ValueError as `read` does.
     """
     picture = read(path)
     grey = to_grey(picture)
-    emnist_image = as_emnist(grey, size)
-    if emnist_image is not None:
-        return picture, grey, Reading(emnist_image, Features())
     reading, box = read_all_ink(grey, size)
-    was_reduced = max(grey.shape) >= WORKING_LENGTH and min(grey.shape) >= ENLARGED_SIDE
-    if box and was_reduced and max(box[2:]) < SMALL_LENGTH:
+    is_large = max(grey.shape) >= WORKING_LENGTH and min(grey.shape) >= ENLARGED_SIDE
+    if box and is_large and max(box[2:]) < SMALL_LENGTH:
         grey = to_grey(read_larger(path, box, grey.shape))
         reading, _ = read_all_ink(grey, size)
     return picture, grey, reading
@@ -502,10 +497,6 @@ class Parts(NamedTuple):
     """The connected parts of a mask of ink; arrays are (n,), lengths in px."""
 
     labels: np.ndarray  # (H, W) int32: the part that a pixel belongs to, from 1; 0 is paper
-    left: np.ndarray
-    top: np.ndarray
-    right: np.ndarray
-    bottom: np.ndarray
     area: np.ndarray
     inside: np.ndarray  # pixels that lie farther in than the rim
     off_line: np.ndarray  # of these, pixels that are on no line
@@ -515,14 +506,7 @@ class Parts(NamedTuple):
         """Return the mask (H, W) uint8 of those parts for which `chosen`, (n,) bool, is true."""
         return np.concatenate([[False], chosen]).astype(np.uint8)[self.labels]
 
-    def box(self, chosen: np.ndarray) -> tuple[int, int, int, int]:
-        """Return left, top, width and height of what holds the parts chosen, px."""
-        left = int(self.left[chosen].min())
-        top = int(self.top[chosen].min())
-        width = int(self.right[chosen].max()) - left
-        return left, top, width, int(self.bottom[chosen].max()) - top
-
-    def is_large(self, chosen: np.ndarray) -> np.ndarray:
+    def without_specks(self, chosen: np.ndarray) -> np.ndarray:
         """Return `chosen`, (n,) bool, without specks beside that with most pixels inside."""
         main = np.where(chosen, self.inside + 0.01 * self.area, -1).argmax()
         return chosen & (self.area >= SPECK_AREA * self.area[main])
@@ -532,16 +516,14 @@ def tell_parts(mask: np.ndarray, lines: np.ndarray | None = None) -> Parts:
     """Tell apart the connected parts of a mask of ink; mask and lines, if any: (H, W) uint8."""
     count, labels, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
     left, top, width, height, area = stats[1:].T
-    right = left + width
-    bottom = top + height
     rows, columns = mask.shape
+    to_border = np.min([left, top, columns - left - width, rows - top - height], axis=0)
     inner = inner_area(mask.shape)
     inside = np.bincount(labels[inner].ravel(), minlength=count)[1:]
     off_line = inside
     if lines is not None:
         off_line = np.bincount(labels[inner][lines[inner] == 0], minlength=count)[1:]
-    to_border = np.min([left, top, columns - right, rows - bottom], axis=0)
-    return Parts(labels, left, top, right, bottom, area, inside, off_line, to_border <= 1)
+    return Parts(labels, area, inside, off_line, to_border <= 1)
 
 
 def inner_area(shape: tuple[int, int]) -> tuple[slice, slice]:
@@ -624,20 +606,21 @@ SINGLE_PARTS = 3  # so many of the largest parts are read each alone, and left o
 
 
 def read_all_ink(grey: np.ndarray, size: int) -> tuple[Reading, tuple | None]:
-    """Take all ink in a grey picture (H, W) for the character, but for specks; return its box, too.
+    """Take all ink in a grey picture (H, W) for the character, but for specks.
 
-    The box is left, top, width and height, px. It is None, and the reading blank, without ink.
+    Returns the box of that ink, too: left, top, width and height, px. It is None without ink, and
+    for what may be EMNIST's own, which is taken as it is.
     """
-    box = None
+    emnist_image = as_emnist(grey, size)
+    if emnist_image is not None:
+        return Reading(emnist_image, Features()), None
     view = first_view(grey)
-    if view is not None:
-        parts = tell_parts(view.mask)
-        chosen = parts.area >= SPECK_AREA * parts.area.max()
-        box = parts.box(chosen)
-        image = to_emnist_form(view, parts.mask(chosen), size)
-        if image is not None:
-            return Reading(image, describe(parts, chosen, Features())), box
-    return read_blank(grey, 0.0, 0.0), box
+    if view is None:
+        return read_blank(grey, 0.0, 0.0), None
+    parts = tell_parts(view.mask)
+    chosen = parts.area >= SPECK_AREA * parts.area.max()
+    reading = read_chosen(view, parts, chosen, Features(), size)
+    return reading or read_blank(grey, 0.0, 0.0), cv2.boundingRect(parts.mask(chosen))
 
 
 def read_blank(grey: np.ndarray, stroke_extent: float, ink_extent: float) -> Reading:
@@ -674,13 +657,33 @@ def read_parts(view: View, lines: np.ndarray | None, common: Features, size: int
     """Return the readings of a view that keep some of its parts; `common`: what they share."""
     parts = tell_parts(view.mask, lines)
     least = LEAST_AREA if min(view.mask.shape) >= PHOTO_SIDE else 2
-    readings = []
-    for chosen in choose_parts(parts):
-        if parts.area[chosen].sum() >= least:
-            image = to_emnist_form(view, parts.mask(chosen), size)
-            if image is not None:
-                readings.append(Reading(image, describe(parts, chosen, common)))
-    return readings
+    choices = [chosen for chosen in choose_parts(parts) if parts.area[chosen].sum() >= least]
+    readings = [read_chosen(view, parts, chosen, common, size) for chosen in choices]
+    return [reading for reading in readings if reading]
+
+
+def read_chosen(
+    view: View, parts: Parts, chosen: np.ndarray, common: Features, size: int
+) -> Reading | None:
+    """Take the parts chosen, (n,) bool, for the character; None: nothing of it is left."""
+    mask = parts.mask(chosen)
+    image = to_emnist_form(view, mask, size)
+    if image is None:
+        return None
+    rows, columns = mask.shape
+    left, top, width, height = cv2.boundingRect(mask)
+    x = (2 * left + width) / columns - 1
+    y = (2 * top + height) / rows - 1
+    is_inner = parts.inside > 0.5 * parts.area
+    left_out = parts.without_specks(np.ones_like(chosen)) & is_inner & ~chosen
+    features = common._replace(
+        left_out=float(parts.off_line[~chosen].sum() / max(1, parts.off_line.sum())),
+        parts_left_out=float(left_out.sum()),
+        parts_kept=float(chosen.sum() - 1),
+        offset=float(np.hypot(x, y)),
+        at_rim=float(1 - parts.inside[chosen].sum() / parts.area[chosen].sum()),
+    )
+    return Reading(image, features)
 
 
 def choose_parts(parts: Parts) -> list[np.ndarray]:
@@ -689,37 +692,16 @@ def choose_parts(parts: Parts) -> list[np.ndarray]:
     All of them, all but what comes in from the border, each of the larger ones, all but that one;
     a tiny picture has room for a character alone.
     """
-    everything = parts.is_large(np.ones(len(parts.area), bool))
+    everything = parts.without_specks(np.ones(len(parts.area), bool))
     if min(parts.labels.shape) < TINY_SIDE:
         return [everything]
     from_border = parts.touching & (parts.inside < 0.5 * parts.area)
-    proposals = [everything, parts.is_large(~from_border)]
+    proposals = [everything, parts.without_specks(~from_border)]
     by_area = np.argsort(-np.where(everything, parts.area, 0), kind="stable")
     for part in by_area[:SINGLE_PARTS]:
         alone = np.arange(len(everything)) == part
-        proposals += [alone, parts.is_large(everything & ~alone)]
-    choices = []
-    for choice in proposals:
-        if choice.any() and not any(np.array_equal(choice, earlier) for earlier in choices):
-            choices.append(choice)
-    return choices
-
-
-def describe(parts: Parts, chosen: np.ndarray, common: Features) -> Features:
-    """Return the features of a reading that keeps the parts chosen, (n,) bool."""
-    rows, columns = parts.labels.shape
-    is_inner = parts.inside > 0.5 * parts.area
-    left_out = parts.is_large(np.ones_like(chosen)) & is_inner & ~chosen
-    left, top, width, height = parts.box(chosen)
-    x = (2 * left + width) / columns - 1
-    y = (2 * top + height) / rows - 1
-    return common._replace(
-        left_out=float(parts.off_line[~chosen].sum() / max(1, parts.off_line.sum())),
-        parts_left_out=float(left_out.sum()),
-        parts_kept=float(chosen.sum() - 1),
-        offset=float(np.hypot(x, y)),
-        at_rim=float(1 - parts.inside[chosen].sum() / parts.area[chosen].sum()),
-    )
+        proposals += [alone, parts.without_specks(everything & ~alone)]
+    return list({choice.tobytes(): choice for choice in proposals}.values())
 
 
 # A picture of EMNIST's own, as it is

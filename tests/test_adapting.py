@@ -110,7 +110,9 @@ def card() -> CNN.Card:
     return CNN.Card(statistics=CNN.ClassStatistics(torch.eye(WIDTH), means, WIDTH, basis))
 
 
-def write_folder(card: CNN.Card, count: int, fraction: float, z: torch.Tensor) -> inference.Looked:
+def write_folder(
+    card: CNN.Card, count: int, fraction: float, z: torch.Tensor
+) -> inference.SeenBatch:
     """Return what a net that knows training's classes sees in pictures of one writer."""
     random = torch.Generator().manual_seed(4)
     prior = torch.tensor([fraction / 10] * 10 + [(1 - fraction) / 26] * 26)
@@ -121,8 +123,8 @@ def write_folder(card: CNN.Card, count: int, fraction: float, z: torch.Tensor) -
     log_p = (-distances / 2).log_softmax(1)
     pictures = [inference.Picture(f"{i}.png") for i in range(count)]
     readings = [Reading(np.zeros((28, 28), np.uint8), Features())] * count
-    seen = CNN.Seen(log_p + CNN.TYPICALITY * distances / card.statistics.median, features)
-    return inference.Looked(pictures, readings, torch.arange(count), seen)
+    seen = CNN.Seen(log_p, distances / card.statistics.median, features)
+    return inference.SeenBatch(pictures, readings, torch.arange(count), seen)
 
 
 def beforehand(card: CNN.Card, *flags: str) -> CNN.Folder:
@@ -132,8 +134,8 @@ def beforehand(card: CNN.Card, *flags: str) -> CNN.Folder:
 @pytest.mark.parametrize("fraction", [0.1, 1.0])
 def test_the_writer_and_the_fraction_of_digits_are_found_together(card, fraction):
     """All classes move as the writer has them, also those that do not come."""
-    looked = write_folder(card, 1000, fraction, WRITER)
-    folder = inference.adapt([looked], beforehand(card), card)
+    batch = write_folder(card, 1000, fraction, WRITER)
+    folder = inference.adapt([batch], beforehand(card), card)
     moved = folder.means - card.statistics.means
     planted = torch.einsum("k,ckd->cd", WRITER, card.statistics.basis)
     assert (moved - planted).norm() < 0.2 * planted.norm()
@@ -143,17 +145,17 @@ def test_the_writer_and_the_fraction_of_digits_are_found_together(card, fraction
 
 
 def test_blank_and_untypical_readings_take_no_part(card):
-    looked = write_folder(card, 200, 1.0, WRITER)
-    far = looked.seen._replace(features=looked.seen.features + 100)
+    batch = write_folder(card, 200, 1.0, WRITER)
+    far = batch.seen._replace(features=batch.seen.features + 100)
     blank = [Reading(None, Features(blank=1.0))] * 200
     before = beforehand(card)
-    for empty in (looked._replace(seen=far), looked._replace(readings=blank)):
+    for empty in (batch._replace(seen=far), batch._replace(readings=blank)):
         assert inference.adapt([empty], before, card) is before
 
 
 def test_answers_are_summed_over_readings_and_blank_is_one_of_them(card):
     """By the other route: the sums of one picture at a time, in plain numbers."""
-    looked = write_folder(card, 6, 0.5, torch.zeros(3))
+    batch = write_folder(card, 6, 0.5, torch.zeros(3))
     readings = []
     for i in range(5):
         image = np.full((28, 28), i, np.uint8)
@@ -161,13 +163,13 @@ def test_answers_are_summed_over_readings_and_blank_is_one_of_them(card):
     blank = Features(blank=0.6)  # likelier than each character, less likely than all of them
     readings.append(Reading(None, blank))
     owners = [0, 1, 0, 0, 1, 1]
-    looked = looked._replace(
-        pictures=looked.pictures[:2], readings=readings, owners=torch.tensor(owners)
+    batch = batch._replace(
+        pictures=batch.pictures[:2], readings=readings, owners=torch.tensor(owners)
     )
     folder = beforehand(card)
     args = inference.parse(["--input", "x", "--topk", "36"])
-    scores, p = inference.judge(readings, looked.seen, folder, card)
-    for i, picture in enumerate(inference.answer(looked, folder, card, args)):
+    scores, p = inference.score_readings(readings, batch.seen, folder, card)
+    for i, picture in enumerate(inference.answer(batch, folder, card, args)):
         own = [row for row in range(6) if owners[row] == i]
         weights = {row: math.exp(scores[row]) for row in own}
         sums = sum(weights[row] * p[row] for row in own) / sum(weights.values())
