@@ -47,15 +47,15 @@ class Features(NamedTuple):
 
 # Nats, of each feature, fitted by images_for_readme/readings.py on scenes, forms and field sets
 WEIGHTS = Features(
-    left_out=-1.41,
+    left_out=-1.39,
     parts_left_out=-1.9,
-    parts_kept=-0.94,
-    offset=-1.26,
+    parts_kept=-0.92,
+    offset=-1.25,
     at_rim=-2.97,
     open_ends=-0.81,
-    unlikely=-1.73,
+    unlikely=-1.71,
     blank=-1.33,
-    blank_and_small=-0.96,
+    blank_and_small=-0.97,
     stroke_extent=-3.31,
     ink_extent=-2.11,
 )
@@ -186,7 +186,7 @@ def readable_formats() -> list[str]:
 
 
 def read(path: str | os.PathLike, length: int = WORKING_LENGTH) -> Image.Image:
-    """Read a picture upright, in mode L, RGB, RGBA, I or F, `length` px long or somewhat more.
+    """Read a picture upright, in mode L, RGB, RGBA, I or F, reduced to `length` px or more.
 
     Of an animation, the first frame. Raises ValueError, one line for the user, for whatever is
     wrong with the file.
@@ -507,7 +507,7 @@ class Parts(NamedTuple):
         return np.concatenate([[False], chosen]).astype(np.uint8)[self.labels]
 
     def without_specks(self, chosen: np.ndarray) -> np.ndarray:
-        """Return `chosen`, (n,) bool, without specks beside that with most pixels inside."""
+        """Drop parts under SPECK_AREA of the chosen one with most pixels farther in than the rim."""
         main = np.where(chosen, self.inside + 0.01 * self.area, -1).argmax()
         return chosen & (self.area >= SPECK_AREA * self.area[main])
 

@@ -124,6 +124,7 @@ def parse(argv: list[str] | None = None) -> Config:
 
 # The machine, and messages
 
+DOWNLOAD_LIMIT = timedelta(hours=2)  # that the other ranks wait for the first
 RANK_PATIENCE = 10  # seconds that other ranks leave it to the first to say what ends them all
 
 
@@ -186,7 +187,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 VALIDATION_ONE_IN = 20  # about 5 % of train
 DOWNLOAD_PATIENCE = 30  # seconds without a byte; torchvision would wait for ever
-DOWNLOAD_LIMIT = timedelta(hours=2)  # that the other ranks wait for the first
 
 
 def ensure_emnist(root: Path) -> None:
@@ -318,9 +318,8 @@ def list_extra(source: Path) -> Iterator[tuple[str, str, str]]:
 
 # Batches
 
-# Batches that a GPU augments at once. Each would need 270 kernels of its own, and to launch them
-# takes Python longer than the step takes an H100: 1.3 ms
-CHUNK_STEPS = 16
+CHUNK_STEPS = 16  # batches that a GPU augments at once: to launch 270 kernels for each would take
+# Python longer than an H100 takes for the step, 1.3 ms
 
 
 def extra_per_batch(split: Split, config: Config) -> int:
@@ -358,8 +357,8 @@ def batches(split: Split, step: int, config: Config, machine: Machine) -> Iterat
     The rows of a batch are extra images, EMNIST's, and outliers, which have no labels. The first
     half of the labelled ones is augmented, so that all extra images are, the second half is not.
     Each rank takes every n-th row of a global batch, so that it has its part of every kind. Random
-    numbers are seeded anew for each chunk of batches: a resumed run goes on with the same ones and,
-    on the CPU, with the same dropout.
+    numbers are seeded anew for each chunk of batches: a resumed run makes its first chunk from the
+    start, goes on with the same ones and, on the CPU, with the same dropout.
     """
     chunk_steps = CHUNK_STEPS if machine.device.type == "cuda" else 1
     per_epoch = steps_per_epoch(split, config)
@@ -547,7 +546,7 @@ def draw_pairs(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
     shapes = shape_of.to(labels.device)[labels]  # (N,), 0: a line
     tries, other_tries = torch.randint(len(labels), (2, count, TRIES), device=labels.device)
     will_do = (shapes[tries] > 0).int()
-    rows = tries.gather(1, will_do.argmax(1, keepdim=True))  # (count, 1)
+    rows = tries.gather(1, will_do.argmax(1, keepdim=True))  # (count, 1): the first 1, or the first
     other_shapes = shapes[other_tries]
     will_do = ((other_shapes > 0) & (other_shapes != shapes[rows])).int()
     other_rows = other_tries.gather(1, will_do.argmax(1, keepdim=True))
