@@ -507,7 +507,7 @@ class Parts(NamedTuple):
         return np.concatenate([[False], chosen]).astype(np.uint8)[self.labels]
 
     def without_specks(self, chosen: np.ndarray) -> np.ndarray:
-        """Drop parts under SPECK_AREA of the chosen one with most pixels farther in than the rim."""
+        """Drop parts under SPECK_AREA of the one chosen that has most pixels inside the rim."""
         main = np.where(chosen, self.inside + 0.01 * self.area, -1).argmax()
         return chosen & (self.area >= SPECK_AREA * self.area[main])
 
