@@ -286,7 +286,9 @@ def in_order(submit: Callable, items: Iterable, ahead: int) -> Iterator[tuple[An
 # 4. `answer`: scores become probabilities of readings, one of which may be that the picture is
 #    blank; the answer is the likeliest character over all of them.
 
-BLOCK = 64  # images: a batch is filled up to whole blocks, as kernels differ by batch size
+# Images that the net sees at once, or a multiple: what a kernel computes differs by batch size
+BLOCK = 64
+OTHERS_BLOCK = 16  # of the other readings, as they are few
 # A reading's score is Reading.score and these times its likeliest character's log probability and
 # distance; they are fitted with WEIGHTS in picture.py
 LOG_P_WEIGHT = 2.14
@@ -330,14 +332,14 @@ class TrainedNet:
         self.net = net.fused().to(self.dtype, memory_format=torch.channels_last)
         self.net.fc2.float()  # the full resolution for probabilities
 
-    def see(self, readings: list[Reading]) -> CNN.Seen:
-        """Show the images of readings to the net; for a blank one, an empty image."""
+    def see(self, readings: list[Reading], block: int) -> CNN.Seen:
+        """Show the images of readings to the net; empty ones for blank, and to fill up a block."""
         import torch
 
         import CNN
 
         count = len(readings)
-        filled = math.ceil(count / BLOCK) * BLOCK
+        filled = math.ceil(count / block) * block
         pixels = np.zeros((filled, 1, self.side, self.side), np.uint8)
         for i, reading in enumerate(readings):
             pixels[i] = 0 if reading.image is None else reading.image
@@ -360,7 +362,7 @@ def see_batch(
 
     readings = [picture.reading for picture in pictures]
     owners = list(range(len(pictures)))
-    seen = net.see(readings)
+    seen = net.see(readings, BLOCK)
     scores, _ = score_readings(readings, seen, known, net.card)
     are_doubtful = (scores < DOUBT_SCORE).tolist()
     in_doubt = [i for i in owners if are_doubtful[i] and pictures[i].grey is not None]
@@ -371,8 +373,8 @@ def see_batch(
             others += proposed
             owners += [i] * len(proposed)
             owners[i] = -1  # those proposed stand for the first one
-    if others:
-        seen = CNN.Seen(*map(torch.cat, zip(seen, net.see(others), strict=True)))
+    all_seen = [seen, *(net.see(part, OTHERS_BLOCK) for part in batched(others, OTHERS_BLOCK))]
+    seen = CNN.Seen(*map(torch.cat, zip(*all_seen, strict=True)))
     pictures = [picture._replace(reading=NOTHING, grey=None) for picture in pictures]
     return SeenBatch(pictures, readings + others, torch.tensor(owners), seen)
 
