@@ -25,7 +25,7 @@ def test_field_sets_are_read(tmp_path):
         paths = [str(path) for path in sorted(folder.glob("*/*.png"))]
         if paths:
             paths = paths[:: -(-len(paths) // PICTURES)]
-            output = ["--workers", "1", "--format", "json", "--output", str(file)]
+            output = ["--format", "json", "--output", str(file)]
             inference.main(["--input", *paths, *output])
             rows = measure.read_rows(file.read_text())
             scores.append(measure.accuracy(rows))
