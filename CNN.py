@@ -388,7 +388,7 @@ def learn_basis(
         basis = torch.linalg.solve(normal_matrix, torch.einsum("wk,wcd->ckd", z, sums))
         normal_matrix = torch.einsum("wc,ckl->wkl", counts, basis @ basis.mT) + ridge
         z = torch.linalg.solve(normal_matrix, torch.einsum("ckd,wcd->wk", basis, sums))
-    return (basis * z.std(0, correction=0)[:, None]).float()  # so that of z is 1
+    return (basis * z.std(0, correction=0)[:, None]).float()  # z then has the deviation 1
 
 
 # The card, filled when training ends

@@ -79,7 +79,7 @@ class Picture(NamedTuple):
     error: str = ""
     image: np.ndarray | None = None  # (SIZE, SIZE) uint8, ink 255 on 0: as the net read it
     thumbnail: str = ""  # data URI, where a report is asked for
-    reading: Reading = NOTHING  # the first one, until the picture is batch at
+    reading: Reading = NOTHING  # the first one, until the picture is seen
     grey: np.ndarray | None = None  # (H, W) uint8, until then: what other readings are made of
 
     @property
@@ -304,7 +304,7 @@ class SeenBatch(NamedTuple):
 
     pictures: list[Picture]
     readings: list[Reading]
-    owners: Tensor  # (R,) int64: the picture, by its place in the list, that a reading is of; or -1
+    owners: Tensor  # (R,) int64: index of the reading's picture; -1: others stand for it
     seen: CNN.Seen
 
 
@@ -423,7 +423,7 @@ def answer(
     weights, p_in_readings = compare_readings(batch, folder, card)
     p = weights @ p_in_readings  # (B, classes + 1)
     p_blank = p[:, -1].tolist()
-    p[:, -1] *= p[:, -1] >= 0.5  # so that the likeliest is the answer
+    p[:, -1] *= p[:, -1] >= 0.5  # below, blank can't be the answer
     # The source of an answer is the reading that adds most to its probability
     sources = (weights * p_in_readings.T[p.argmax(1)]).argmax(1).tolist()
     allowed = folder.allowed.nonzero()[:, 0]
@@ -738,7 +738,7 @@ def run(args: argparse.Namespace) -> int:
         stack.callback(readers.stop)  # before the threads are waited for
         net = TrainedNet(args)
         beforehand = known_beforehand(net.card, args)
-        gc.freeze()  # nothing of torch is batch through again, which saves 0.4 s at the end
+        gc.freeze()  # no object of torch is looked through again, which saves 0.4 s at the end
         started = time.monotonic()
 
         def in_threads(task: Callable, paths: list[str]) -> Iterator:

@@ -494,8 +494,8 @@ def augment(images: Tensor, names: str) -> Tensor:
 # Outliers: images of what is no character
 
 PEN_WIDTH = 2.3  # px, of EMNIST's strokes, the median
-# They are made of two characters of different shapes: an E over an F is an E. The first shape,
-# lines, is left out: beside or over another character they make a third.
+# Outliers of two characters take different shapes, as an E over an F looks like an E, and none of
+# the first, lines, as an I beside another character looks like a third.
 TRIES = 16  # nearly always enough: some 7 in 10 will do
 SHAPES = ["1IL", "0OQDCG6", "2Z79AJTY4X", "5S8B3", "EFPRKH", "UVWMN"]
 
