@@ -471,7 +471,7 @@ class Folder:
 def see(features: Tensor, logits: Tensor, card: Card) -> Seen:
     """Return what the net sees, from the features (N, D) and logits (N, classes) of images."""
     statistics = card.statistics
-    whitened = whiten(features, statistics.whitening.to(features.device)).cpu()
+    whitened = whiten(features.cpu(), statistics.whitening)
     log_p = (logits / card.temperature).log_softmax(1).cpu()
     return Seen(log_p, square_distances(whitened, statistics.means) / statistics.median, whitened)
 
